@@ -1,0 +1,42 @@
+# Two commands need nothing but git, make and Python 3.11-3.13: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN ?= runs/fashion-mnist
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: help demo test check format venv clean-demo
+
+help:
+	@echo "make demo    install, train an encoder on real images, evaluate it, show where the pictures are"
+	@echo "make test    install, run the tests"
+	@echo "make check   format, lint, types, import direction, spelling"
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 13), "needs Python 3.11 to 3.13; try make PYTHON=python3.11 ..."'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: venv
+	$(BIN)/simclr-ray pretrain jobs/fashion_mnist.yaml --set run.folder=$(RUN)
+	$(BIN)/simclr-ray evaluate $(RUN)
+
+test: venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+check: venv
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+format: venv
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean-demo:
+	rm -rf $(RUN)

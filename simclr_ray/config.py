@@ -1,0 +1,213 @@
+"""The whole configuration, as typed sections. One YAML file, one validation, no hidden numbers.
+
+The docstring under a field is its help text and its description in the JSON schema, so an editor can complete the
+YAML. A section checks only itself; checks across sections are in `configure.cross_checks`, and numbers that follow
+from the data set and the world size are in `train.derive`. A value left at null is derived, printed and written to
+`resolved.yaml`. There is no `batch_size`: the global batch is images per optimizer step over all ranks, and a
+rank's share of it follows from the world size.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import BaseModel, ConfigDict
+
+Fraction = Annotated[float, Ge(0), Le(1)]
+Count = Annotated[int, Ge(1)]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, unknown keys refused, finite numbers only."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
+    )
+
+
+class RunConfig(Section):
+    """Where a run lives and what makes it this run and no other."""
+
+    folder: str | None = None
+    """Run folder, a local path or an s3:// URI. Rerunning a command with the same folder continues the run."""
+    seed: Annotated[int, Ge(0), Lt(2**63)] = 0
+    """Address of all randomness: sample order, views and initial weights."""
+
+
+class DataConfig(Section):
+    """Where the images are and how they are read."""
+
+    train: str | None = None
+    """Folder (or URI) of a packed data set with its manifest; labels are never read for pretraining."""
+    max_pixels: Count = 50_000_000
+    """Images with more pixels than this are rejected from their header, before decoding."""
+    min_side: Count = 2
+    """Images with a shorter side than this, in pixels, are rejected."""
+    max_rejected_fraction: Fraction = 0.01
+    """The run stops (exit 3) when more than this fraction of the last `rejected_window` samples was rejected."""
+    rejected_window: Count = 100_000
+    """Number of samples over which `max_rejected_fraction` is taken."""
+    units_per_task: Count = 8
+    """Consecutive units one Ray task reads, decodes and augments; aim at 0.5-2 s of work a task."""
+    units_per_segment: Count = 40_000
+    """Units in one Ray Data execution. More mean fewer restarts of the stream, but a longer start of each."""
+    prefetch_units: Count = 8
+    """Finished units each rank holds ready."""
+
+
+class ViewsConfig(Section):
+    """Augmentation policy: a preset, and what differs from it."""
+
+    preset: Literal["imagenet", "cifar"] = "imagenet"
+    """`imagenet`: 224 px, strength 1, blur. `cifar`: 32 px, strength 0.5, no blur (SimCLR B.9)."""
+    size: Annotated[int, Ge(8), Le(1024)] | None = None
+    """Side of a view in pixels; null takes the preset's."""
+    strength: Annotated[float, Ge(0), Le(2)] | None = None
+    """Colour jitter strength s: brightness, contrast and saturation 0.8 s, hue 0.2 s; null takes the preset's."""
+    crop_scale_min: Annotated[float, Gt(0), Le(1)] | None = None
+    """Smallest crop, as a fraction of the image's area; null takes the preset's 0.08."""
+    flip_probability: Fraction | None = None
+    """Probability of a horizontal flip; null takes the preset's 0.5."""
+    jitter_probability: Fraction | None = None
+    """Probability that a view's colours are jittered; null takes the preset's 0.8."""
+    grayscale_probability: Fraction | None = None
+    """Probability that a view loses its colour; null takes the preset's 0.2."""
+    blur_probability: Fraction | None = None
+    """Probability of a Gaussian blur; null takes the preset's."""
+
+
+class ModelConfig(Section):
+    """Encoder f and projector g."""
+
+    encoder: Literal["small", "resnet18", "resnet50"] = "resnet50"
+    """`small` has 0.3 M parameters and trains on a CPU in minutes."""
+    width: Literal[1, 2, 4] = 1
+    """Multiplies every channel count, stem included: SimCLR's 1x, 2x, 4x."""
+    stem: Literal["imagenet", "cifar"] = "imagenet"
+    """`cifar`: 3x3 convolution of stride 1 and no max pooling, for images of 32 px."""
+    zero_init_last: bool = True
+    """Start each residual block as the identity (last batch-norm gamma at zero)."""
+    projector_layers: Annotated[int, Ge(1), Le(4)] = 2
+    """Dense layers of the projector: 2 in SimCLR v1, 3 in v2."""
+    projector_hidden: Count | None = None
+    """Width of the projector's hidden layers; null takes the encoder's."""
+    projection_dim: Count = 128
+    """Dimension of a projection z."""
+    batch_norm: Literal["global", "local"] = "global"
+    """`global`: statistics over all ranks and both views, as SimCLR has it. `local`: each rank alone; the loss
+    curve then depends on the number of workers."""
+
+
+class LossConfig(Section):
+    """NT-Xent."""
+
+    temperature: Annotated[float, Gt(0), Le(10)] = 0.1
+    """Divides cosine similarities; smaller pushes hard negatives apart more strongly."""
+
+
+class OptimConfig(Section):
+    """Optimizer and learning-rate schedule, both counted in steps."""
+
+    name: Literal["lars", "adamw"] = "lars"
+    """`lars` is SimCLR's; `adamw` suits small batches and short runs."""
+    rule: Literal["linear", "sqrt", "constant"] = "linear"
+    """Peak learning rate from the base: `linear` base * B / 256, `sqrt` base * sqrt(B), `constant` base."""
+    base_learning_rate: Annotated[float, Gt(0)] = 0.3
+    """SimCLR: 0.3 with `linear`, 0.075 with `sqrt`; about 2e-3 with `constant` and adamw."""
+    weight_decay: Annotated[float, Ge(0)] = 1e-6
+    """Not applied to batch-norm parameters and biases."""
+    momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
+    """Of LARS."""
+    warmup_epochs: Annotated[float, Ge(0)] = 10.0
+    """Epochs of linear warm-up from zero."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """After the warm-up: `cosine` to zero at the last step, without restarts, or `constant`."""
+    clip_gradient_norm: Annotated[float, Gt(0)] | None = None
+    """Largest gradient norm; null never clips, as in the paper."""
+
+
+class TrainConfig(Section):
+    """How long, with what batch, and on what."""
+
+    global_batch: Annotated[int, Ge(2)] = 4096
+    """Images per optimizer step over all ranks; 2 B - 2 negatives for each of 2 B anchors."""
+    epochs: Annotated[float, Gt(0)] | None = None
+    """Passes over the data set. Give `epochs` or `steps`, not both."""
+    steps: Count | None = None
+    """Optimizer steps."""
+    precision: Literal["fp32", "bf16"] | None = None
+    """Of the encoder and projector; null: bf16 on GPUs, fp32 on CPUs. The loss is computed in fp32 always."""
+    channels_last: bool = True
+    """Memory format of images and weights; faster on GPUs, and by a fifth on CPUs too."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    log_every: Count = 10
+    """Steps between two records of the metrics."""
+    checkpoint_every: Count = 500
+    """Steps between two checkpoints; the last step is always one."""
+    keep_checkpoints: Annotated[int, Ge(1)] = 3
+    """Newest committed checkpoints to keep."""
+
+
+class ClusterConfig(Section):
+    """What to ask Ray for. Nothing here changes what is learned."""
+
+    address: str | None = None
+    """Address of a running Ray cluster; null uses RAY_ADDRESS, or else starts a local one."""
+    workers: Count | None = None
+    """Train workers (ranks); any number up to units per step. null: one per GPU of the cluster, or 1."""
+    use_gpu: bool | None = None
+    """One GPU a worker with NCCL, or CPU with gloo; null: GPU where the cluster has one."""
+    cpus_per_worker: Annotated[float, Gt(0)] = 1.0
+    """CPUs reserved for each train worker. At least `data_cpus` must remain, or the stream could never start."""
+    data_cpus: Count = 1
+    """CPUs that must stay free of train workers, for Ray Data."""
+    threads_per_worker: Count | None = None
+    """Compute threads of a CPU train worker; null: the machine's cores shared among the workers on it."""
+    max_failures: Annotated[int, Ge(0)] = 3
+    """Restarts of the worker group before the run gives up (exit 5)."""
+    start_timeout_s: Annotated[float, Gt(0)] = 120.0
+    """Longest wait for the workers' resources and start; minutes where an autoscaler must add nodes."""
+    collective_timeout_s: Annotated[float, Gt(0)] = 300.0
+    """Longest wait of a rank for the others before the group is restarted."""
+
+
+class EvaluateConfig(Section):
+    """What is measured after training, on labelled images that pretraining never used as labels."""
+
+    train: str | None = None
+    """Labelled data set for the probes; null takes `data.train`."""
+    test: str | None = None
+    """Labelled data set for the accuracy."""
+    num_labels: Count | None = 10_000
+    """Labels the probes may use, balanced over the classes; null takes all."""
+    seeds: Annotated[tuple[Annotated[int, Ge(0)], ...], MinLen(1)] = (0, 1, 2)
+    """Seeds of the probe: each draws its own labelled subset and hold-out."""
+    knn_k: Count = 20
+    """Neighbours of the kNN classifier."""
+    knn_temperature: Annotated[float, Gt(0)] = 0.07
+    """Weight of a neighbour is exp(similarity / temperature)."""
+
+
+class Config(Section):
+    """A run, whole."""
+
+    run: RunConfig = RunConfig()
+    """Identity of the run."""
+    data: DataConfig = DataConfig()
+    """Images."""
+    views: ViewsConfig = ViewsConfig()
+    """Augmentation."""
+    model: ModelConfig = ModelConfig()
+    """Encoder and projector."""
+    loss: LossConfig = LossConfig()
+    """NT-Xent."""
+    optim: OptimConfig = OptimConfig()
+    """Optimizer."""
+    train: TrainConfig = TrainConfig()
+    """Training."""
+    cluster: ClusterConfig = ClusterConfig()
+    """Ray resources."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Probes."""

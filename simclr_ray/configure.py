@@ -1,0 +1,165 @@
+"""From a YAML file and overrides to one validated `Config`, or to every error at once.
+
+The order is file, then overrides, then one validation; the command line, the Python functions and searches all
+come through `load_config`. Errors name the key's full path, show what was got, and suggest the nearest key for a
+typo. Nothing here starts Ray or reads data.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from simclr_ray.config import Config
+from simclr_ray.errors import ConfigError
+
+MAX_CONFIG_BYTES = 1_000_000
+#: What other projects call our keys, for people who come from them.
+FOREIGN_NAMES = {
+    "batch_size": "train.global_batch",
+    "lr": "optim.base_learning_rate",
+    "learning_rate": "optim.base_learning_rate",
+    "tau": "loss.temperature",
+    "max_epochs": "train.epochs",
+    "backbone": "model.encoder",
+    "num_workers": "cluster.workers",
+}
+
+ConfigSource = Config | Mapping[str, Any] | str | Path | None
+
+
+def load_config(source: ConfigSource = None, overrides: Sequence[str] = ()) -> Config:
+    """Build a config from a file, a mapping, a ready `Config` or nothing, with `a.b=c` overrides on top.
+
+    Raises:
+        ConfigError: listing every mistake, one a line, with the key's full path.
+    """
+    values = _read(source)
+    for override in overrides:
+        _apply_override(values, override)
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise _listing([_describe(one) for one in error.errors(include_url=False)]) from None
+    problems = cross_checks(config)
+    if problems:
+        raise _listing(problems)
+    return config
+
+
+def cross_checks(config: Config) -> list[str]:
+    """Mistakes that no section can see alone; empty when there are none."""
+    problems = []
+    if config.train.epochs is not None and config.train.steps is not None:
+        problems.append("train.epochs, train.steps: both are set; give one of them")
+    if config.optim.name == "lars" and config.optim.rule == "constant" and config.optim.base_learning_rate < 0.01:
+        problems.append("optim.base_learning_rate: too small for LARS with optim.rule=constant; SimCLR uses about 4.8")
+    return problems
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of the configuration, for editors and for other programs."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
+
+
+def to_yaml(values: Mapping[str, Any]) -> str:
+    """Write a mapping as YAML in its own key order."""
+    return yaml.safe_dump(dict(values), sort_keys=False, width=120)
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            out |= flat(value, f"{prefix}{key}.")
+        else:
+            out[f"{prefix}{key}"] = value
+    return out
+
+
+def all_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Every key of the configuration as its full path, sections included."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from all_keys(field.annotation, f"{prefix}{name}.")
+
+
+def _read(source: ConfigSource) -> dict[str, Any]:
+    if source is None:
+        return {}
+    if isinstance(source, Config):
+        return source.model_dump(mode="json")
+    if isinstance(source, Mapping):
+        return cast(dict[str, Any], json.loads(json.dumps(source)))
+    path = Path(source)
+    if not path.is_file():
+        raise ConfigError("configuration file not found", where=str(path), fix="give the path of a YAML file")
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise ConfigError(
+            "configuration file is too large",
+            where=str(path),
+            got=f"{path.stat().st_size} bytes",
+            expected=f"at most {MAX_CONFIG_BYTES}",
+        )
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}", where=str(path)) from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(
+            "the file must hold sections", where=str(path), got=type(values).__name__, expected="a mapping"
+        )
+    return values
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one `a.b=c` in place; the value is read as YAML, so `null`, `[0, 1]` and `true` mean what they say."""
+    path, equals, text = override.partition("=")
+    if not equals or not path.strip():
+        raise ConfigError("override is not of the form key=value", got=repr(override), fix="write section.key=value")
+    *sections, key = path.strip().split(".")
+    target = values
+    for section in sections:
+        nested = target.get(section)
+        target[section] = dict(nested) if isinstance(nested, Mapping) else {}
+        target = target[section]
+    try:
+        target[key] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        target[key] = text
+
+
+def _describe(error: Mapping[str, Any]) -> str:
+    path = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"{path}: unknown key{_suggestion(path)}"
+    message = str(error["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"{path}: got {error['input']!r}, expected {message}"
+
+
+def _suggestion(path: str) -> str:
+    """Nearest known key: the same leaf in another section first, else the closest spelling."""
+    keys = list(all_keys())
+    leaf = path.rpartition(".")[2]
+    moved = [key for key in keys if key.rpartition(".")[2] == leaf]
+    foreign = [FOREIGN_NAMES[leaf]] if leaf in FOREIGN_NAMES else []
+    near = moved or foreign or difflib.get_close_matches(path, keys, n=1, cutoff=0.6)
+    if not near:
+        leaves = {key.rpartition(".")[2]: key for key in keys}
+        near = [leaves[match] for match in difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.75)]
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _listing(problems: Sequence[str]) -> ConfigError:
+    count = "1 mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
+    return ConfigError(f"{count} in the configuration:\n" + "\n".join(f"  {line}" for line in problems))

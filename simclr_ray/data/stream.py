@@ -1,0 +1,164 @@
+"""The Ray Data stream: finished units in plan order, one block a unit, split over the train workers.
+
+One Ray task reads a run of consecutive units and hands them to `transform` (decode, draw, apply) one unit at a time;
+`preserve_order` keeps the plan's order whatever the tasks' speed, a strict repartition cuts the output into blocks of
+exactly one unit, and an equal `streaming_split` deals unit j of a segment to rank j mod W.
+
+Which units an execution streams is asked of a `SegmentCursor` when it starts. Rank 0 sets the cursor to where the
+loaded checkpoint stands and then moves it from segment to segment, so the position has one source of truth, and a
+stream of any length costs no more than one segment's tasks at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+
+from simclr_ray.data.manifest import Manifest, read_manifest
+from simclr_ray.data.plan import Plan, PlannedUnit, Segment, UnitTable
+from simclr_ray.data.read import read_rows
+from simclr_ray.errors import DataError
+
+Columns = dict[str, np.ndarray]
+Transform = Callable[[Columns], Columns]
+
+
+@dataclass(frozen=True)
+class PlanAddress:
+    """All that names a plan; small, so it travels to every task in place of the plan itself."""
+
+    folder: str
+    fingerprint: str
+    seed: int
+
+
+@lru_cache(maxsize=4)
+def load_plan(address: PlanAddress) -> tuple[Manifest, Plan]:
+    """Load a plan in this process, once.
+
+    Raises:
+        DataError: when the manifest is not the one that the address was made of.
+    """
+    manifest = read_manifest(address.folder)
+    if manifest.fingerprint != address.fingerprint:
+        raise DataError(
+            "the manifest changed",
+            where=address.folder,
+            got=manifest.fingerprint,
+            expected=address.fingerprint,
+            fix="restore the data set, or start a new run folder",
+        )
+    return manifest, Plan(UnitTable(manifest), address.seed)
+
+
+class _SegmentCursor:
+    """Which units the next execution of the stream holds. A tiny actor of the driver's."""
+
+    def __init__(self) -> None:
+        self._segment = Segment(0, 0, 0)
+
+    def move(self, segment: Segment) -> None:
+        """Choose the units of the next execution; called by rank 0 before it joins the others at the stream."""
+        self._segment = segment
+
+    def where(self) -> Segment:
+        """Units of the next execution."""
+        return self._segment
+
+
+SegmentCursor = ray.remote(num_cpus=0, max_restarts=-1)(_SegmentCursor)
+
+
+class UnitSource(Datasource):  # type: ignore[misc]
+    """Ray Data source of the units of the cursor's segment."""
+
+    def __init__(self, address: PlanAddress, cursor: Any, units_per_task: int) -> None:
+        super().__init__()
+        self._address, self._cursor, self._units_per_task = address, cursor, units_per_task
+
+    def get_name(self) -> str:
+        """Name in Ray's statistics."""
+        return "Units"
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Unknown; Ray uses it only to choose a parallelism, which is fixed here."""
+        return None
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        """Tasks of the segment. Ray calls this several times an execution, so it has no effect and keeps no count."""
+        segment: Segment = ray.get(self._cursor.where.remote())
+        rows = load_plan(self._address)[1].units.unit_rows if segment.padded_stop else 0
+        tasks = []
+        for start in range(segment.start, segment.padded_stop, self._units_per_task):
+            stop = min(start + self._units_per_task, segment.padded_stop)
+            metadata = BlockMetadata(num_rows=(stop - start) * rows, size_bytes=None, exec_stats=None, input_files=None)
+            tasks.append(ReadTask(_reader(self._address, start, stop), metadata))
+        return tasks
+
+
+def _reader(address: PlanAddress, start: int, stop: int) -> Callable[[], Iterator[pa.Table]]:
+    def read() -> Iterator[pa.Table]:
+        manifest, plan = load_plan(address)
+        for index in range(start, stop):
+            yield read_unit(manifest, plan.unit(index))
+
+    return read
+
+
+def read_unit(manifest: Manifest, unit: PlannedUnit) -> pa.Table:
+    """Rows of a unit in planned order: `image`, `sample_id`, `unit` and `epoch`."""
+    rows = read_rows(manifest, unit.pieces, [manifest.image_column])
+    rows = rows.rename_columns(["image", "sample_id"]).take(pa.array(unit.order))
+    for name, value in (("unit", unit.index), ("epoch", unit.epoch)):
+        rows = rows.append_column(name, pa.array(np.full(len(rows), value, dtype=np.int64)))
+    return rows
+
+
+def unit_stream(
+    address: PlanAddress, cursor: Any, transform: Transform, *, unit_rows: int, units_per_task: int
+) -> ray.data.Dataset:
+    """The lazily executed stream of transformed units; give it to a TorchTrainer or `streaming_split` it.
+
+    Args:
+        address: The plan.
+        cursor: A `SegmentCursor` actor.
+        transform: Columns of one unit to columns of one unit, the same number of rows.
+        unit_rows: R.
+        units_per_task: Consecutive units a task.
+    """
+    source = UnitSource(address, cursor, units_per_task)
+    frame = ray.data.read_datasource(source, override_num_blocks=1)
+    frame = frame.map_batches(transform, batch_size=unit_rows, batch_format="numpy")
+    return frame.repartition(target_num_rows_per_block=unit_rows, strict=True)
+
+
+def execution_options() -> ray.data.ExecutionOptions:
+    """Options under which the stream keeps the plan's order."""
+    options = ray.data.ExecutionOptions()
+    options.preserve_order = True
+    return options
+
+
+def configure_ray_data() -> None:
+    """Settings of the driver's Ray Data context that the stream's tasks and coordinator inherit."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    context.print_on_execution_start = False
+
+
+def blocks_of_units(shard: Any, unit_rows: int, prefetch_units: int) -> Iterator[Mapping[str, np.ndarray]]:
+    """Iterate one rank's split, one unit at a time, in order."""
+    batches = shard.iter_batches(batch_size=unit_rows, batch_format="numpy", prefetch_batches=prefetch_units)
+    yield from batches

@@ -1,0 +1,1 @@
+"""What a run learned: embeddings, probes, tables and pictures."""

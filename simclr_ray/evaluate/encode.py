@@ -1,0 +1,180 @@
+"""From labelled shards to evaluation images, and from images to embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from simclr_ray.config import Config
+from simclr_ray.data.decode import Limits, Rejected, decode
+from simclr_ray.data.manifest import Manifest
+from simclr_ray.data.plan import Piece
+from simclr_ray.data.read import read_rows
+from simclr_ray.errors import DataError, StorageError
+from simclr_ray.model.simclr import SimCLR
+from simclr_ray.train import checkpoint as ckpt
+from simclr_ray.train.build import build_model
+from simclr_ray.train.derive import policy_of
+from simclr_ray.train.run import open_existing
+from simclr_ray.views.apply import central_view, normalise, two_views
+from simclr_ray.views.draw import draw
+from simclr_ray.views.policy import Policy
+
+Image = npt.NDArray[np.uint8]
+
+ROWS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class TrainedEncoder:
+    """An encoder with what it needs to see an image as it did in training."""
+
+    model: SimCLR
+    """In evaluation mode; `model.encoder` is the plain module to build on."""
+    policy: Policy
+    """Size and normalisation of its input."""
+    step: int
+    """Optimizer steps it was trained for."""
+
+    def embed(self, images: Sequence[Image]) -> Tensor:
+        """Embeddings h of decoded images.
+
+        Args:
+            images: (H, W, 3) uint8 each, of any sizes.
+
+        Returns:
+            (n, D) float32 on the CPU.
+        """
+        return embed(self.model.embed, central_view(images, self.policy), self.policy)
+
+
+@dataclass(frozen=True)
+class LabelledSet:
+    """A decoded data set at evaluation size."""
+
+    views: Image
+    """Central views, (n, S, S, 3) uint8."""
+    labels: Tensor
+    """(n,) int64."""
+    pairs: Image
+    """Two random views of the first images, (p, 2, S, S, 3) uint8."""
+    rejected: int
+    """Images that did not decode."""
+
+
+def load_encoder(run: str, step: int | None = None) -> TrainedEncoder:
+    """Load what a run learned.
+
+    Args:
+        run: The run folder, local or s3://.
+        step: Of a checkpoint; the newest valid one without it.
+
+    Raises:
+        ConfigError: no run here.
+        StorageError: the run has no valid checkpoint, or not this one.
+    """
+    folder, config = open_existing(run)
+    if step is None:
+        found = ckpt.load_newest(folder.checkpoints, warn=lambda text: None)
+        if found is None:
+            raise StorageError("the run has no checkpoint yet", where=folder.uri, fix="run pretrain first")
+    else:
+        try:
+            found = ckpt.load(folder.checkpoints, step)
+        except ckpt.InvalidCheckpoint as error:
+            have = ", ".join(map(str, ckpt.committed_steps(folder.checkpoints))) or "none"
+            raise StorageError(f"no valid checkpoint of step {step}: {error}", where=folder.uri, got=have) from None
+    model = build_model(config)
+    model.load_state_dict(found.model)
+    return TrainedEncoder(model.eval(), policy_of(config.views), found.step)
+
+
+def random_encoder(config: Config, views: Image, policy: Policy) -> SimCLR:
+    """The model before training, with batch-norm statistics of real images: the honest baseline.
+
+    With the initial statistics (mean 0, variance 1) an untrained network would be judged on numbers of the wrong
+    scale; a few hundred images set them right without teaching anything.
+    """
+    model = build_model(config)
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.momentum = None  # torch: cumulative average
+    model.train()
+    with torch.no_grad():
+        for rows in _batches(len(views[: 8 * ROWS_AT_ONCE])):
+            model(normalise(torch.from_numpy(views[rows]), policy))
+    return model.eval()
+
+
+def embed(encode: Callable[[Tensor], Tensor], views: Image, policy: Policy) -> Tensor:
+    """Run a function over views batch by batch: (n, S, S, 3) uint8 -> (n, D) float32."""
+    with torch.inference_mode():
+        parts = [encode(normalise(torch.from_numpy(views[rows]), policy)).float() for rows in _batches(len(views))]
+    return torch.cat(parts)
+
+
+def pixels(views: Image, policy: Policy) -> Tensor:
+    """Raw pixels as a representation: (n, d) in [0, 1], gray where the images are, at most 32 x 32."""
+    if policy.size > 32:
+        small = policy.model_copy(update={"size": 32, "central_fraction": 1.0})
+        views = np.concatenate([central_view(list(views[rows]), small) for rows in _batches(len(views))])
+    gray = bool((views[..., :1] == views).all())
+    chosen = views[..., :1] if gray else views
+    return torch.from_numpy(np.ascontiguousarray(chosen)).flatten(1).float() / 255
+
+
+def read_labelled(manifest: Manifest, policy: Policy, limits: Limits, *, num_pairs: int, seed: int) -> LabelledSet:
+    """Decode a whole labelled data set to evaluation size, and two views of its first images.
+
+    Raises:
+        DataError: no labels, or nothing that decodes.
+    """
+    views: list[Image] = []
+    labels: list[npt.NDArray[np.int64]] = []
+    pairs: list[Image] = []
+    rejected = 0
+    for images, group_labels, ids, bad in _groups(manifest, limits):
+        rejected += bad
+        views.append(central_view(images, policy))
+        labels.append(group_labels)
+        missing = num_pairs - sum(map(len, pairs))
+        if missing > 0:
+            sizes = np.array([image.shape[:2] for image in images[:missing]])
+            draws = draw(policy, seed=seed, epoch=0, sample_ids=ids[:missing], sizes=sizes)
+            pairs.append(two_views(images[:missing], draws, policy))
+    if not views:
+        raise DataError("no image of the data set decodes", where=manifest.folder)
+    return LabelledSet(np.concatenate(views), torch.from_numpy(np.concatenate(labels)), np.concatenate(pairs), rejected)
+
+
+def _groups(
+    manifest: Manifest, limits: Limits
+) -> Iterator[tuple[list[Image], npt.NDArray[np.int64], npt.NDArray[np.int64], int]]:
+    """Images, labels and ids of each row group, and how many were rejected."""
+    first_ids = manifest.first_sample_ids()
+    for number, shard in enumerate(manifest.shards):
+        first = int(first_ids[number])
+        for group, rows in enumerate(shard.rows_per_group):
+            table = read_rows(manifest, [Piece(number, group, 0, rows, first)], [manifest.image_column, "label"])
+            first += rows
+            labels = table.column("label")
+            if labels.null_count:
+                raise DataError(
+                    "the data set has no labels, which the probes need", where=manifest.folder,
+                    fix="give labelled sets in evaluate.train and evaluate.test",
+                )  # fmt: skip
+            decoded = [decode(data, limits) for data in table.column(manifest.image_column).to_pylist()]
+            good = [i for i, image in enumerate(decoded) if not isinstance(image, Rejected)]
+            images = [image for image in decoded if not isinstance(image, Rejected)]
+            if images:
+                ids = table.column("sample_id").to_numpy()
+                yield images, labels.to_numpy().astype(np.int64)[good], ids[good], rows - len(good)
+
+
+def _batches(count: int) -> list[slice]:
+    return [slice(start, min(count, start + ROWS_AT_ONCE)) for start in range(0, count, ROWS_AT_ONCE)]

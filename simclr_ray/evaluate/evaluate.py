@@ -1,0 +1,204 @@
+"""What a run learned: probes of the trained encoder beside two baselines, and pictures to look at.
+
+The test set is the one the config names; it is used once, at the end, for the newest checkpoint. Nothing is ever
+chosen by looking at it.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from simclr_ray import storage
+from simclr_ray.config import Config, EvaluateConfig
+from simclr_ray.configure import load_config
+from simclr_ray.data.decode import Limits
+from simclr_ray.data.manifest import Manifest, read_manifest
+from simclr_ray.errors import ConfigError
+from simclr_ray.evaluate.encode import (
+    Image,
+    LabelledSet,
+    TrainedEncoder,
+    embed,
+    load_encoder,
+    pixels,
+    random_encoder,
+    read_labelled,
+)
+from simclr_ray.evaluate.knn import knn_top1, nearest
+from simclr_ray.evaluate.linear import probe_over_seeds
+from simclr_ray.evaluate.table import EvaluationRow, to_markdown, to_text
+from simclr_ray.observe.console import Console
+from simclr_ray.observe.health import alignment, contrastive_accuracy, rankme, uniformity
+from simclr_ray.observe.metrics import read_jsonl
+from simclr_ray.train.run import RunFolder, open_existing
+from simclr_ray.views.policy import Policy
+
+NUM_SHOWN, NUM_NEIGHBOURS = 12, 8
+NUM_PAIRS = 1024
+"""Test images whose two views give alignment and contrastive accuracy."""
+
+
+Represent = Callable[[Image], Tensor]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of `evaluate`."""
+
+    rows: tuple[EvaluationRow, ...]
+    """Raw pixels, random encoder, trained encoder."""
+    folder: str
+    """Where table, numbers and pictures are."""
+    step: int
+    """Checkpoint that was evaluated."""
+
+
+def evaluate(run: str, overrides: Sequence[str] = (), *, pictures: bool = True) -> Evaluation:
+    """Measure what a run learned and write `eval/` in its folder.
+
+    Args:
+        run: The run folder.
+        overrides: Such as `["evaluate.knn_k=200"]`; only the evaluate section may change.
+        pictures: Also draw the curve, the views and the nearest neighbours (needs matplotlib).
+
+    Raises:
+        ConfigError: no run here, or no test set is named.
+        DataError: a data set is missing or has no labels.
+        StorageError: the run has no valid checkpoint.
+    """
+    wrong = [text for text in overrides if not text.strip().startswith("evaluate.")]
+    if wrong:
+        raise ConfigError("only evaluate.* can be set here; the rest is the run's", got=", ".join(wrong))
+    folder, stored = open_existing(run)
+    config = load_config(stored, overrides)
+    console = Console()
+    trained = load_encoder(run)
+    train, test, num_classes = _data(config, trained.policy)
+    console.say(
+        f"evaluate: step {trained.step}; {len(train.labels):,} labelled training images, {len(test.labels):,} test "
+        f"images, {num_classes} classes; probes use {config.evaluate.num_labels or 'all'} labels"
+    )
+    rows = []
+    for name, encode in _representations(config, trained, train):
+        console.say(f"  measuring: {name}")
+        rows.append(_measure(name, encode, train, test, config.evaluate, num_classes))
+    result = Evaluation(tuple(rows), folder.path("eval"), trained.step)
+    _write(result, config)
+    console.block("\n" + to_text(rows) + "\n")
+    if pictures:
+        for path in _draw(folder, trained, train, test, rows, _class_names(config)):
+            console.say(f"picture: {path}")
+    return result
+
+
+def _data(config: Config, policy: Policy) -> tuple[LabelledSet, LabelledSet, int]:
+    train_uri = config.evaluate.train or config.data.train
+    if config.evaluate.test is None or train_uri is None:
+        raise ConfigError("no test set is named", where="evaluate.test", fix="add --set evaluate.test=FOLDER")
+    limits = Limits(max_pixels=config.data.max_pixels, min_side=config.data.min_side)
+    sets = []
+    manifests = [read_manifest(uri) for uri in (train_uri, config.evaluate.test)]
+    for manifest in manifests:
+        sets.append(read_labelled(manifest, policy, limits, num_pairs=NUM_PAIRS, seed=config.run.seed))
+    train, test = sets
+    return train, test, int(max(train.labels.max(), test.labels.max())) + 1
+
+
+def _class_names(config: Config) -> tuple[str, ...]:
+    manifest: Manifest = read_manifest(str(config.evaluate.test))
+    return manifest.classes
+
+
+def _representations(config: Config, trained: TrainedEncoder, train: LabelledSet) -> list[tuple[str, Represent]]:
+    policy = trained.policy
+    untrained = random_encoder(config, train.views, policy)
+    return [
+        ("raw pixels", lambda views: pixels(views, policy)),
+        ("random encoder", lambda views: embed(untrained.embed, views, policy)),
+        ("trained encoder", lambda views: embed(trained.model.embed, views, policy)),
+    ]
+
+
+def _measure(
+    name: str, encode: Represent, train: LabelledSet, test: LabelledSet, config: EvaluateConfig, num_classes: int
+) -> EvaluationRow:
+    train_h, test_h = encode(train.views), encode(test.views)
+    pair_a, pair_b = encode(test.pairs[:, 0]), encode(test.pairs[:, 1])
+    labels = min(config.num_labels or len(train_h), len(train_h))
+    everything = labels == len(train_h)
+    return EvaluationRow(
+        name,
+        knn_top1=knn_top1(
+            train_h, train.labels, test_h, test.labels, k=config.knn_k, temperature=config.knn_temperature
+        ),
+        linear={
+            f"{labels:,} labels": probe_over_seeds(
+                train_h,
+                train.labels,
+                test_h,
+                test.labels,
+                num_classes=num_classes,
+                seeds=config.seeds,
+                num_labels=None if everything else labels,
+            )
+        },
+        rankme=rankme(test_h),
+        alignment=alignment(pair_a, pair_b),
+        uniformity=uniformity(test_h),
+        contrastive_accuracy=contrastive_accuracy(pair_a, pair_b),
+    )
+
+
+def _write(result: Evaluation, config: Config) -> None:
+    numbers = {
+        "step": result.step,
+        "test": config.evaluate.test,
+        "knn_k": config.evaluate.knn_k,
+        "seeds": list(config.evaluate.seeds),
+        "rows": [asdict(row) for row in result.rows],
+    }
+    storage.write_bytes(storage.join(result.folder, "results.json"), json.dumps(numbers, indent=1).encode())
+    storage.write_bytes(storage.join(result.folder, "table.md"), to_markdown(result.rows).encode())
+
+
+def _draw(
+    folder: RunFolder, trained: TrainedEncoder, train: LabelledSet, test: LabelledSet, rows: Sequence[EvaluationRow],
+    names: tuple[str, ...],
+) -> list[str]:  # fmt: skip
+    """Draw the pictures beside and put them into `eval/`, which may be on an object store."""
+    from simclr_ray.evaluate.pictures import comparison_bars, curves, neighbour_sheet, views_sheet
+
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        (place / "metrics.jsonl").write_bytes(storage.read_bytes(folder.metrics))
+        curves(read_jsonl(place / "metrics.jsonl"), place / "curve.png")
+        views_sheet(list(test.views[:NUM_SHOWN]), test.pairs[:NUM_SHOWN], place / "views.png")
+        comparison_bars(rows, place / "probes.png")
+        similarity, found = _neighbours(trained, train, test)
+        neighbour_sheet(
+            list(test.views[:NUM_SHOWN]),
+            [list(train.views[row]) for row in found],
+            place / "neighbours.png",
+            query_labels=test.labels[:NUM_SHOWN].tolist(),
+            neighbour_labels=train.labels[found].tolist(),
+            class_names=names or None,
+            similarity=similarity.tolist(),
+        )
+        written = []
+        for picture in sorted(place.glob("*.png")):
+            written.append(folder.path("eval", picture.name))
+            storage.write_bytes(written[-1], picture.read_bytes())
+    return written
+
+
+def _neighbours(trained: TrainedEncoder, train: LabelledSet, test: LabelledSet) -> tuple[Tensor, Tensor]:
+    """Cosine similarities and rows of the nearest training images of the first test images."""
+    pool = embed(trained.model.embed, train.views, trained.policy)
+    queries = embed(trained.model.embed, test.views[:NUM_SHOWN], trained.policy)
+    return nearest(pool, queries, NUM_NEIGHBOURS)

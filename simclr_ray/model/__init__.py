@@ -1,0 +1,1 @@
+"""The networks: encoder, projector, and batch norm over the global batch."""

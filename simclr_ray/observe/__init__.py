@@ -1,0 +1,1 @@
+"""Observing a run: metric names and sinks, label-free health measures, the console. Knows no Ray, ranks or models."""

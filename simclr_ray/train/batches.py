@@ -1,0 +1,107 @@
+"""One rank's batches: its units of each step, in the plan's order, checked against the plan's arithmetic.
+
+Every rank knows from arithmetic alone which units it gets and when the stream ends, so no rank ever discovers the
+end by itself and leaves the others waiting in a collective.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from simclr_ray.data.plan import Segment, segments, share
+from simclr_ray.errors import ClusterError
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """A rank's share of one step."""
+
+    step: int
+    """The step this batch is for, counted from 0."""
+    views: Tensor
+    """(n, 2, S, S, 3) uint8; n may differ by one unit between ranks and steps."""
+    sample_ids: np.ndarray
+    """(n,) int64."""
+    rejected: tuple[tuple[int, int], ...]
+    """(sample id, reason code) of the images that could not be used."""
+    wait_s: float
+    """Time this rank waited for its units."""
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Where a rank stands among the others."""
+
+    rank: int
+    world_size: int
+    units_per_step: int
+    unit_rows: int
+    max_units: int
+    """Units of one execution of the stream."""
+    prefetch_units: int
+
+
+def step_batches(
+    shard: Any, move_cursor: Callable[[Segment], None], shares: Shares, *, first_step: int, last_step: int
+) -> Iterator[StepBatch]:
+    """Batches of steps [first, last) for one rank.
+
+    Args:
+        shard: This rank's split of the stream; each iteration of it starts one execution, on all ranks together.
+        move_cursor: Chooses the units of the next execution; does something on rank 0 only.
+        shares: This rank's place.
+        first_step: Steps already done.
+        last_step: Where to stop.
+
+    Raises:
+        ClusterError: the stream handed out another unit than the plan has here.
+    """
+    per_step = shares.units_per_step
+    for segment in segments(
+        first_step * per_step,
+        last_step * per_step,
+        per_step=per_step,
+        world_size=shares.world_size,
+        max_units=shares.max_units,
+    ):
+        move_cursor(segment)
+        units = iter(
+            shard.iter_batches(
+                batch_size=shares.unit_rows, batch_format="numpy", prefetch_batches=shares.prefetch_units
+            )
+        )
+        for step in range(segment.start // per_step, segment.stop // per_step):
+            mine = share(step, shares.rank, segment=segment, per_step=per_step, world_size=shares.world_size)
+            yield _collect(step, mine, units)
+        for _ in units:  # the padding; running the split to its end lets all ranks start the next one together
+            pass
+
+
+def _collect(step: int, mine: range, units: Iterator[Mapping[str, np.ndarray]]) -> StepBatch:
+    started = time.monotonic()
+    parts = []
+    for expected in mine:
+        part = next(units, None)
+        if part is None or set(part["unit"].tolist()) != {expected}:
+            got = "the end of the stream" if part is None else f"unit {part['unit'].tolist()}"
+            raise ClusterError(
+                f"the stream broke the plan's order at step {step}", got=got, expected=f"unit {expected}"
+            )
+        parts.append(part)
+    wait_s = time.monotonic() - started
+    rejected = np.concatenate([part["rejected_id"] for part in parts])
+    reason = np.concatenate([part["reason"] for part in parts])
+    return StepBatch(
+        step,
+        torch.from_numpy(np.concatenate([part["views"] for part in parts])),
+        np.concatenate([part["sample_id"] for part in parts]),
+        tuple((int(rejected[i]), int(reason[i])) for i in np.flatnonzero(rejected >= 0)),
+        wait_s,
+    )

@@ -1,0 +1,98 @@
+"""Getting a Ray cluster: joining a running one, or starting a local one with room for the stream.
+
+Train workers must never take every CPU: Ray Data would wait for one for ever. A local cluster is therefore declared
+with as many CPUs as workers and stream need, and on a running one the room is checked before training starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+
+from simclr_ray.config import ClusterConfig
+from simclr_ray.errors import ClusterError
+
+
+@contextlib.contextmanager
+def connected(config: ClusterConfig) -> Iterator[None]:
+    """Hold a Ray connection; what was started here is stopped at the end, what was there before stays.
+
+    Raises:
+        ClusterError: a given address does not answer.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.start_timeout_s)
+    calm: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    try:
+        if address:
+            ray.init(address=address, **calm)
+        else:
+            ray.init(num_cpus=local_cpus(config), include_dashboard=False, **calm)
+    except ConnectionError as error:
+        raise ClusterError(
+            f"no Ray cluster answers: {error}",
+            where=f"cluster.address={address}",
+            fix="start one with: ray start --head, or leave cluster.address empty for a local one",
+        ) from None
+    _quiet()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def local_cpus(config: ClusterConfig) -> int:
+    """CPUs to declare for a local cluster: the machine's, or more where workers and stream need more."""
+    return max(usable_cores(), math.ceil((config.workers or 1) * config.cpus_per_worker) + config.data_cpus)
+
+
+def usable_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def resolve_workers(config: ClusterConfig, resources: dict[str, float]) -> tuple[int, bool]:
+    """Number of workers and whether each has a GPU, from the config and what the cluster has.
+
+    Raises:
+        ClusterError: the workers would leave the stream no CPU.
+    """
+    gpus = int(resources.get("GPU", 0))
+    use_gpu = config.use_gpu if config.use_gpu is not None else gpus > 0
+    workers = config.workers or (max(1, gpus) if use_gpu else 1)
+    cpus = resources.get("CPU", 0.0)
+    needed = workers * config.cpus_per_worker + config.data_cpus
+    if cpus < needed:
+        fitting = int((cpus - config.data_cpus) // config.cpus_per_worker)
+        raise ClusterError(
+            f"{workers} workers of {config.cpus_per_worker:g} CPUs would leave Ray Data less than {config.data_cpus}, "
+            "and the stream would never start",
+            where="cluster.workers",
+            got=f"a cluster of {cpus:g} CPUs",
+            expected=f"at least {needed:g}",
+            fix=f"use cluster.workers={fitting}, or add CPUs" if fitting > 0 else "add CPUs",
+        )
+    if use_gpu and gpus < workers:
+        raise ClusterError(
+            f"{workers} workers need a GPU each", where="cluster.workers", got=f"a cluster of {gpus} GPUs",
+            fix="use fewer workers, or cluster.use_gpu=false",
+        )  # fmt: skip
+    return workers, use_gpu
+
+
+def _quiet() -> None:
+    """Ray's own progress and warnings go to its session logs, not over our console."""
+    for name in ("ray", "ray.data", "ray.train", "ray.tune"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.ERROR)

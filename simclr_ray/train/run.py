@@ -1,0 +1,179 @@
+"""The run folder: the only interface between verbs, and the place where a run is recognised.
+
+```
+config.yaml     as given              checkpoints/step-NNNNNNNNN/
+resolved.yaml   with derived numbers  quarantine.parquet   rejected images
+run.json        identity and status   eval/                what `evaluate` measured
+metrics.jsonl   the truth             tensorboard/  ray/   for those tools
+```
+
+Rerunning a command with the same folder continues the run, so a folder made by another configuration must be told
+apart: whatever decides the loss curve is the run's identity, and a difference is refused field by field.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from simclr_ray import __version__, storage
+from simclr_ray.config import Config
+from simclr_ray.configure import flat, load_config, to_yaml
+from simclr_ray.errors import ConfigError
+from simclr_ray.train.derive import Derived
+
+FORMAT = 1
+#: Settings that may change between attempts: they decide speed, logging or evaluation, never the loss curve.
+#: The data set's place is one of them, for its fingerprint says what it holds.
+FREE = (
+    "run.folder",
+    "data.train",
+    "data.max_rejected_fraction",
+    "data.rejected_window",
+    "data.units_per_task",
+    "data.units_per_segment",
+    "data.prefetch_units",
+    "train.channels_last",
+    "train.compile",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "cluster.",
+    "evaluate.",
+)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of a run."""
+
+    uri: str
+
+    def path(self, *parts: str) -> str:
+        """URI of something inside."""
+        return storage.join(self.uri, *parts)
+
+    @property
+    def checkpoints(self) -> str:
+        """Folder of the checkpoints."""
+        return self.path("checkpoints")
+
+    @property
+    def metrics(self) -> str:
+        """The metrics file."""
+        return self.path("metrics.jsonl")
+
+    def info(self) -> dict[str, Any] | None:
+        """`run.json`; None where no run has been started."""
+        try:
+            return dict(json.loads(storage.read_bytes(self.path("run.json"))))
+        except FileNotFoundError:
+            return None
+
+    def update(self, **changes: Any) -> None:
+        """Change fields of `run.json`."""
+        info = (self.info() or {}) | changes
+        storage.write_bytes(self.path("run.json"), json.dumps(info, indent=1).encode())
+
+
+def identity(config: Config, manifest_fingerprint: str) -> dict[str, Any]:
+    """Everything that decides the loss curve, flat."""
+    values = flat(config.model_dump(mode="json"))
+    return {key: value for key, value in values.items() if not key.startswith(FREE)} | {
+        "manifest": manifest_fingerprint
+    }
+
+
+def open_run(config: Config, derived: Derived, manifest_fingerprint: str) -> tuple[RunFolder, bool]:
+    """Make the run folder, or recognise it.
+
+    Returns:
+        The folder, and whether the run existed already.
+
+    Raises:
+        ConfigError: the folder holds something else, or a run that another configuration made.
+    """
+    assert config.run.folder is not None
+    run = RunFolder(storage.normalise(config.run.folder))
+    info = run.info()
+    mine = identity(config, manifest_fingerprint)
+    if info is None:
+        names = storage.list_names(run.uri)
+        if names:
+            raise ConfigError(
+                "the folder is not empty and holds no run", where=run.uri, got=", ".join(names[:3]),
+                fix="choose an empty folder with run.folder",
+            )  # fmt: skip
+        storage.write_bytes(
+            run.path("config.yaml"), to_yaml(config.model_dump(mode="json", exclude_unset=True)).encode()
+        )
+        _write_resolved(run, config, derived)
+        run.update(format=FORMAT, version=__version__, created=_now(), status="new", attempts=0, identity=mine)
+        return run, False
+    if info.get("format", 0) > FORMAT:
+        raise ConfigError("this run was made by a newer version", where=run.uri, got=f"format {info['format']}")
+    differences = compare(info["identity"], mine)
+    if differences:
+        raise ConfigError(
+            "this folder holds a run with another configuration:\n" + "\n".join(f"  {line}" for line in differences),
+            where=run.uri,
+            fix="choose another run.folder, or set these back to continue the run",
+        )
+    _write_resolved(run, config, derived)
+    return run, True
+
+
+def compare(existing: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:
+    """Differences between two identities, a line each."""
+    keys = sorted(set(existing) | set(mine))
+    return [
+        f"{key}: the run has {existing.get(key)!r}, now {mine.get(key)!r}"
+        for key in keys
+        if existing.get(key) != mine.get(key)
+    ]
+
+
+def open_existing(folder: str) -> tuple[RunFolder, Config]:
+    """Open a run that was trained, for the verbs that come after.
+
+    Raises:
+        ConfigError: no run here.
+    """
+    run = RunFolder(storage.normalise(folder))
+    if run.info() is None:
+        raise ConfigError("no run here: run.json is missing", where=run.uri, fix="give the run.folder of a pretraining")
+    resolved = yaml.safe_load(storage.read_bytes(run.path("resolved.yaml")))
+    return run, load_config({key: value for key, value in resolved.items() if key != "derived"})
+
+
+def write_quarantine(run: RunFolder, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Write the list of rejected images: sample id, reason, and the first step that met them."""
+    buffer = io.BytesIO()
+    schema = pa.schema([("sample_id", pa.int64()), ("reason", pa.string()), ("step", pa.int64())])
+    pq.write_table(pa.Table.from_pylist([dict(entry) for entry in entries], schema=schema), buffer)
+    storage.write_bytes(run.path("quarantine.parquet"), buffer.getvalue())
+
+
+def read_quarantine(run: RunFolder) -> list[dict[str, Any]]:
+    """The list of rejected images; empty where none was met."""
+    try:
+        return list(pq.read_table(io.BytesIO(storage.read_bytes(run.path("quarantine.parquet")))).to_pylist())
+    except FileNotFoundError:
+        return []
+
+
+def _write_resolved(run: RunFolder, config: Config, derived: Derived) -> None:
+    values = config.model_dump(mode="json") | {"derived": derived.as_dict()}
+    storage.write_bytes(run.path("resolved.yaml"), to_yaml(values).encode())
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,0 +1,180 @@
+"""The numbers of a rank between two records: gathered every step without a host sync, agreed on, written by rank 0."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from simclr_ray import storage
+from simclr_ray.config import Config
+from simclr_ray.data.decode import REASONS
+from simclr_ray.errors import DataError, SimclrError
+from simclr_ray.observe.metrics import JsonlSink, Record, Recorder, Sink, TensorBoardSink, truncate_after
+from simclr_ray.train.batches import StepBatch
+from simclr_ray.train.derive import Derived
+from simclr_ray.train.run import RunFolder
+from simclr_ray.train.step import STEP_METRICS, refuse_non_finite
+
+
+class TooManyRejectedError(DataError):
+    """The limit on rejected images was passed; every rank finds it at the same step."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands."""
+
+    step: int
+    """Optimizer steps done."""
+    rejected_total: int
+    """Images rejected so far."""
+
+
+class StepLog:
+    """See the module. Every rank has one and calls `write` at the same steps."""
+
+    def __init__(
+        self, config: Config, derived: Derived, run: RunFolder, desk: Any, *,
+        rank: int, device: torch.device, attempt: int, start: Position,
+    ) -> None:  # fmt: skip
+        self._config, self._derived, self._run, self._desk = config, derived, run, desk
+        self._device, self._attempt = device, attempt
+        self._numbers: list[Tensor] = []
+        self._waits: list[float] = []
+        self._rejected: list[tuple[int, int, int]] = []
+        self.rejected_total = start.rejected_total
+        self._window: list[tuple[int, int]] = []  # (samples, rejected) of each record
+        self._save_s: float | None = None
+        self._metrics = _MetricsFile(run, start.step) if rank == 0 else None
+        self._since, self._since_step = time.monotonic(), start.step
+
+    def __enter__(self) -> StepLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._metrics:
+            self._metrics.close()
+
+    def take(self, batch: StepBatch, numbers: Tensor) -> None:
+        """Remember one step."""
+        self._numbers.append(numbers)
+        self._waits.append(batch.wait_s)
+        self._rejected += [(sample, reason, batch.step) for sample, reason in batch.rejected]
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around a save: remember how long the step loop stood still, and put the metrics beside the checkpoint."""
+        started = time.monotonic()
+        yield
+        self._save_s = time.monotonic() - started
+        if self._metrics:
+            self._metrics.upload()
+
+    def write(self, step: int, learning_rate: float) -> None:
+        """Agree on what all ranks saw and write one record. Called on every rank at the same steps."""
+        means = torch.stack(self._numbers).mean(dim=0)
+        refuse_non_finite(means)
+        waited, rejected = self._agree(sum(self._waits), len(self._rejected))
+        now, steps = time.monotonic(), step - self._since_step
+        elapsed, samples = max(now - self._since, 1e-9), steps * self._config.train.global_batch
+        self.rejected_total += rejected
+        self._report_rejected()
+        values = dict(zip(STEP_METRICS, means.tolist(), strict=True))
+        values |= {
+            "train/learning_rate": learning_rate,
+            "train/temperature": self._config.loss.temperature,
+            "train/epoch": self._derived.epoch_at(step),
+            "data/wait_s": waited / steps,
+            "data/wait_fraction": min(1.0, waited / elapsed),
+            "data/images_per_s": samples / elapsed,
+            "data/rejected_total": float(self.rejected_total),
+            "time/step_s": elapsed / steps,
+        }
+        if self._save_s is not None:
+            values["time/checkpoint_s"] = self._save_s
+        if self._device.type == "cuda":
+            values["gpu/peak_mib"] = torch.cuda.max_memory_allocated(self._device) / 2**20
+        if self._metrics:
+            record = Record(step, step * self._config.train.global_batch, self._attempt, time.time(), values)
+            self._metrics.log(record)
+            self._desk.post.remote(record)
+        self._numbers.clear()
+        self._waits.clear()
+        self._since, self._since_step = now, step
+        self._refuse_rejected(samples, rejected)
+
+    def _agree(self, waited_s: float, rejected: int) -> tuple[float, int]:
+        """The longest wait of any rank, and the rejected images of all."""
+        longest = torch.tensor([waited_s], device=self._device)
+        total = torch.tensor([rejected], device=self._device)
+        dist.all_reduce(longest, dist.ReduceOp.MAX)
+        dist.all_reduce(total, dist.ReduceOp.SUM)
+        return float(longest.item()), int(total.item())
+
+    def _report_rejected(self) -> None:
+        if self._rejected:
+            entries = [
+                {"sample_id": sample, "reason": REASONS[reason], "step": step}
+                for sample, reason, step in self._rejected
+            ]
+            self._desk.reject.remote(entries)
+            self._rejected.clear()
+
+    def _refuse_rejected(self, samples: int, rejected: int) -> None:
+        """Stop when too much of the newest window could not be used; every rank has the same counts."""
+        data = self._config.data
+        self._window.append((samples, rejected))
+        while len(self._window) > 1 and sum(n for n, _ in self._window[1:]) >= data.rejected_window:
+            self._window.pop(0)
+        seen, bad = (sum(column) for column in zip(*self._window, strict=True))
+        full = seen >= min(data.rejected_window, self._derived.samples)
+        if full and bad > data.max_rejected_fraction * seen:
+            raise TooManyRejectedError(
+                f"{bad} of the last {seen} images could not be used",
+                where=data.train,
+                expected=f"at most {data.max_rejected_fraction:.2%} (data.max_rejected_fraction)",
+                fix=f"see the reasons in {self._run.path('quarantine.parquet')}",
+            )
+
+
+class _MetricsFile:
+    """`metrics.jsonl` and TensorBoard of rank 0. Object stores cannot append: there a copy goes up at each save."""
+
+    def __init__(self, run: RunFolder, start_step: int) -> None:
+        self._uri, self._local = run.metrics, storage.is_local(run.uri)
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        path = Path(self._uri)
+        if not self._local:
+            self._scratch = tempfile.TemporaryDirectory()
+            path = Path(self._scratch.name) / "metrics.jsonl"
+            with contextlib.suppress(FileNotFoundError):
+                path.write_bytes(storage.read_bytes(self._uri))
+        truncate_after(path, start_step)
+        self._path = path
+        sinks: list[Sink] = [JsonlSink(path)]
+        if self._local:
+            with contextlib.suppress(SimclrError):  # an extra that need not be installed
+                sinks.append(TensorBoardSink(run.path("tensorboard"), resumed_from=start_step or None))
+        self._recorder = Recorder(sinks)
+
+    def log(self, record: Record) -> None:
+        self._recorder.log(record)
+
+    def upload(self) -> None:
+        if not self._local:
+            storage.write_bytes(self._uri, self._path.read_bytes())
+
+    def close(self) -> None:
+        self._recorder.close()
+        if self._scratch:
+            self.upload()
+            self._scratch.cleanup()

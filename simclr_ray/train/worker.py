@@ -1,0 +1,255 @@
+"""What one train worker (rank) does, from loading the newest checkpoint to committing the last.
+
+The loop in `train_worker` is the whole story; everything that happens once in a while is a method of `StepLog` or a
+function below. Randomness has no state here (views are addressed, the initial weights come from the seed), so a
+checkpoint is weights, optimizer and a step number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from simclr_ray.config import Config
+from simclr_ray.data.plan import Segment
+from simclr_ray.errors import ClusterError, DataError, NumericsError, SimclrError
+from simclr_ray.learn.optim import learning_rate_at, make_optimizer
+from simclr_ray.model.batch_norm import synchronise_batch_norm
+from simclr_ray.model.simclr import SimCLR
+from simclr_ray.train import checkpoint as ckpt
+from simclr_ray.train.batches import Shares, StepBatch, step_batches
+from simclr_ray.train.cluster import usable_cores
+from simclr_ray.train.derive import Derived, policy_of
+from simclr_ray.train.run import RunFolder
+from simclr_ray.train.step import train_step
+from simclr_ray.train.step_log import Position, StepLog, TooManyRejectedError
+from simclr_ray.views.apply import normalise
+from simclr_ray.views.policy import Policy
+
+
+@dataclass(frozen=True)
+class WorkerOrder:
+    """What the driver hands to every worker."""
+
+    config: Config
+    derived: Derived
+    run: RunFolder
+    manifest_fingerprint: str
+    cursor: Any
+    """`SegmentCursor` actor."""
+    desk: Any
+    """`Desk` actor, where rank 0 leaves news for the driver."""
+
+
+def train_worker(loop_config: dict[str, Any]) -> None:
+    """Train on this rank until the last step. Ray Train calls this on every rank of every attempt."""
+    order: WorkerOrder = loop_config["order"]
+    with _reported(order.desk):
+        _train(order)
+
+
+def _train(order: WorkerOrder) -> None:
+    config, derived = order.config, order.derived
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    _set_threads(config, device)
+    model, parallel = _models(config, device)
+    optimizer = make_optimizer(
+        config.optim.name, model, weight_decay=config.optim.weight_decay, momentum=config.optim.momentum
+    )
+    start = _restore(order, model, optimizer)
+    attempt = _next_attempt(order.desk, rank)
+    autocast, policy = _autocast(config, device), policy_of(config.views)
+    step_log = StepLog(config, derived, order.run, order.desk, rank=rank, device=device, attempt=attempt, start=start)
+    with step_log:
+        for batch in _batches(order, rank, world_size, first_step=start.step):
+            learning_rate = _learning_rate(order, batch.step)
+            numbers = train_step(
+                parallel,
+                optimizer,
+                _images(batch, policy, device, channels_last=config.train.channels_last),
+                temperature=config.loss.temperature,
+                learning_rate=learning_rate,
+                clip_gradient_norm=config.optim.clip_gradient_norm,
+                autocast=autocast,
+                check_finite=device.type == "cpu",
+            )
+            done = batch.step + 1
+            step_log.take(batch, numbers)
+            saves = done == derived.total_steps or done % config.train.checkpoint_every == 0
+            if saves or done % config.train.log_every == 0:
+                step_log.write(done, learning_rate)
+            if saves and rank == 0:
+                with step_log.saving():
+                    _save(order, Position(done, step_log.rejected_total), model, optimizer, attempt)
+
+
+def _batches(order: WorkerOrder, rank: int, world_size: int, *, first_step: int) -> Iterator[StepBatch]:
+    data, derived = order.config.data, order.derived
+    shares = Shares(
+        rank, world_size, derived.units_per_step, derived.unit_rows, data.units_per_segment, data.prefetch_units
+    )
+
+    def move_cursor(segment: Segment) -> None:
+        if rank == 0:
+            ray.get(order.cursor.move.remote(segment))
+
+    return step_batches(
+        ray.train.get_dataset_shard("train"), move_cursor, shares, first_step=first_step, last_step=derived.total_steps
+    )
+
+
+def _images(batch: StepBatch, policy: Policy, device: torch.device, *, channels_last: bool) -> Tensor:
+    """This rank's views as the encoder reads them: (2n, 3, S, S), ordered [views a; views b]."""
+    views = batch.views.to(device, non_blocking=True)  # (n, 2, S, S, 3) uint8: the smallest thing to move
+    images = normalise(views.transpose(0, 1).flatten(0, 1), policy)
+    return images if channels_last else images.contiguous()
+
+
+def _learning_rate(order: WorkerOrder, step: int) -> float:
+    return learning_rate_at(
+        step,
+        peak=order.derived.peak_learning_rate,
+        warmup_steps=order.derived.warmup_steps,
+        total_steps=order.derived.total_steps,
+        schedule=order.config.optim.schedule,
+    )
+
+
+def _set_threads(config: Config, device: torch.device) -> None:
+    """Ray starts workers with one compute thread; a CPU worker takes its fair part of the machine."""
+    if device.type == "cuda":
+        return
+    local = max(1, ray.train.get_context().get_local_world_size())
+    torch.set_num_threads(config.cluster.threads_per_worker or max(1, usable_cores() // local))
+
+
+def _models(config: Config, device: torch.device) -> tuple[SimCLR, nn.Module]:
+    """The model, and the same wrapped for data parallelism (and compiled, where asked)."""
+    from simclr_ray.train.build import build_model  # here, for timm takes seconds and driver and controller need none
+
+    model = build_model(config)
+    if config.model.batch_norm == "global":
+        kind = "cuda" if device.type == "cuda" else "cpu"
+        synchronise_batch_norm(model, device_type=kind)  # type: ignore[arg-type]
+    model = model.to(device)
+    if config.train.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    model.train()
+    # Statistics of global batch norm are equal on all ranks by construction; local ones are saved from rank 0.
+    parallel: nn.Module = DistributedDataParallel(
+        model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
+    )
+    if config.train.compile:
+        parallel = torch.compile(parallel)  # type: ignore[assignment]
+    return model, parallel
+
+
+def _autocast(config: Config, device: torch.device) -> Callable[[], AbstractContextManager[object]]:
+    precision = config.train.precision or ("bf16" if device.type == "cuda" else "fp32")
+    if precision == "fp32":
+        return contextlib.nullcontext
+    return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def _restore(order: WorkerOrder, model: SimCLR, optimizer: torch.optim.Optimizer) -> Position:
+    """Load the newest valid checkpoint on every rank and return where it stands.
+
+    Rank 0 chooses, for two ranks that list the folder at different moments could choose differently.
+    """
+    rank = dist.get_rank()
+    found = ckpt.load_newest(order.run.checkpoints, _teller(order.desk)) if rank == 0 else None
+    chosen: list[Any] = [found.step if found else None]
+    dist.broadcast_object_list(chosen, src=0)
+    if chosen[0] is None:
+        return Position(0, 0)
+    state = found or ckpt.load(order.run.checkpoints, chosen[0])
+    if state.facts.get("manifest") != order.manifest_fingerprint:
+        raise DataError(
+            "the checkpoint was made from another data set",
+            where=order.run.uri,
+            got=str(state.facts.get("manifest")),
+            expected=order.manifest_fingerprint,
+        )
+    model.load_state_dict(state.model)
+    ckpt.restore_optimizer(optimizer, state.optimizer)
+    if rank == 0:
+        _teller(order.desk)(f"continuing from the checkpoint of step {state.step}")
+    return Position(state.step, int(state.facts["rejected_total"]))
+
+
+def _next_attempt(desk: Any, rank: int) -> int:
+    number = [ray.get(desk.begin_attempt.remote()) if rank == 0 else None]
+    dist.broadcast_object_list(number, src=0)
+    assert number[0] is not None
+    return int(number[0])
+
+
+def _save(
+    order: WorkerOrder, position: Position, model: SimCLR, optimizer: torch.optim.Optimizer, attempt: int
+) -> None:
+    facts = {
+        "manifest": order.manifest_fingerprint,
+        "samples_seen": position.step * order.config.train.global_batch,
+        "rejected_total": position.rejected_total,
+        "attempt": attempt,
+    }
+    state = ckpt.Checkpoint(position.step, ckpt.model_tensors(model), ckpt.optimizer_tensors(optimizer), facts)
+    ckpt.save(order.run.checkpoints, state)
+    ckpt.prune(order.run.checkpoints, keep=order.config.train.keep_checkpoints)
+
+
+def _teller(desk: Any) -> Callable[[str], None]:
+    return lambda text: ray.get(desk.say.remote(text))
+
+
+@contextlib.contextmanager
+def _reported(desk: Any) -> Iterator[None]:
+    """Leave a user's error with the driver before it ends this rank: it would fail the same way at every restart.
+
+    What all ranks found together ends them normally, so Ray does not even try again. Anything else must kill the
+    group, for the other ranks may be waiting in a collective.
+    """
+    known = ray.get(desk.fatal.remote())
+    if known is not None:
+        raise known
+    try:
+        yield
+    except (NumericsError, TooManyRejectedError) as error:
+        ray.get(desk.fail.remote(error))
+    except Exception as error:
+        cause = root_cause(error)
+        if cause is None or isinstance(cause, ClusterError):
+            raise
+        ray.get(desk.fail.remote(cause))
+        raise cause from error
+
+
+def root_cause(error: BaseException | None) -> SimclrError | None:
+    """Find our own error inside those that Ray wrapped around it."""
+    seen: set[int] = set()
+    queue: list[Any] = [error]
+    while queue:
+        one = queue.pop(0)
+        if not isinstance(one, BaseException) or id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, SimclrError):
+            return one
+        # Ray's task error keeps the cause in `cause`, Train's in `worker_failures` and `_base_exc`.
+        parts = vars(one)
+        queue += [one.__cause__, one.__context__, parts.get("cause"), parts.get("_base_exc")]
+        queue += [parts.get("controller_failure"), *dict(parts.get("worker_failures") or {}).values()]
+    return None
