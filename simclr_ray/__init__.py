@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from simclr_ray.version import __version__
 
 if TYPE_CHECKING:
     from simclr_ray.api import RunResult, evaluate, fetch_data, load_encoder, pack, pretrain

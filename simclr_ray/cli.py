@@ -11,10 +11,10 @@ import json
 import sys
 from collections.abc import Sequence
 
-from simclr_ray import __version__
 from simclr_ray.configure import load_config, schema, to_yaml
 from simclr_ray.errors import SimclrError
 from simclr_ray.observe.console import Console, print_error
+from simclr_ray.version import __version__
 
 INTERRUPTED = 130
 

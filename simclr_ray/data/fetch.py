@@ -11,6 +11,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from PIL import Image
 from simclr_ray import storage
 from simclr_ray.data.manifest import Manifest, write_manifest
 from simclr_ray.data.shards import ImageRow, refuse_non_empty, shuffled, write_shard
-from simclr_ray.errors import DataError
+from simclr_ray.errors import ConfigError, DataError
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 FASHION_CLASSES: tuple[str, ...] = (
@@ -44,8 +45,13 @@ def fetch_data(
         test: Likewise for the test split.
 
     Raises:
-        DataError: when the files are nowhere to be found.
+        DataError: when the files are nowhere to be found, or are not what they should be.
+        ConfigError: the destination is not empty, or no image is to be kept.
     """
+    for split, keep in (("train", train), ("test", test)):
+        if keep is not None and keep < 1:
+            raise ConfigError(f"a {split} split needs images", got=keep, expected="1 or more, or no limit")
+        refuse_non_empty(storage.join(storage.normalise(destination), split))
     if name == "fashion-mnist":
         splits, classes, licence = _fashion_mnist(source), FASHION_CLASSES, "MIT, (c) 2017 Zalando SE"
     elif name == "emoji":
@@ -62,7 +68,6 @@ def fetch_data(
 def _write(
     folder: str, rows: Sequence[ImageRow], classes: tuple[str, ...], about: dict[str, str], keep: int | None
 ) -> Manifest:
-    refuse_non_empty(folder)
     order = shuffled(len(rows), seed=0)[:keep]
     shards = [
         write_shard(folder, index, [rows[i] for i in order[start : start + ROWS_PER_SHARD]])
@@ -84,6 +89,10 @@ def _fashion_mnist(source: str | None) -> tuple[list[ImageRow], list[ImageRow]]:
             "Fashion-MNIST files not found",
             where=str(error.filename),
             fix="apt-get install dataset-fashion-mnist, or give its folder with --source",
+        ) from None
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise DataError(
+            f"these are not the files of Fashion-MNIST: {error}", where=str(folder), fix="get them again"
         ) from None
 
 
@@ -129,16 +138,22 @@ def _emoji(source: str | None) -> tuple[tuple[list[ImageRow], list[ImageRow]], t
     index = folder / "emoji.json"
     if not index.is_file():
         raise DataError("no emoji.json here", where=str(folder), fix="give the folder of emoji-datasource-google")
-    entries = json.loads(index.read_text(encoding="utf-8"))
+    try:
+        entries = json.loads(index.read_text(encoding="utf-8"))
+        entries = [{key: str(entry[key]) for key in ("unified", "category", "image")} for entry in entries]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"not the index of an emoji package: {error!r}", where=str(index)) from None
     vendor = next((v for v in ("google", "twitter") if (folder / "img" / v / "64").is_dir()), None)
     if vendor is None:
         raise DataError("no img/google/64 or img/twitter/64 here", where=str(folder))
     classes = tuple(sorted({entry["category"] for entry in entries}))
     found = [
         (entry["unified"], ImageRow(path.read_bytes(), classes.index(entry["category"]), f"emoji/{vendor}/{path.name}"))
-        for entry in sorted(entries, key=lambda entry: str(entry["unified"]))
+        for entry in sorted(entries, key=lambda entry: entry["unified"])
         if (path := folder / "img" / vendor / "64" / entry["image"]).is_file()
     ]
+    if len(found) < 2:
+        raise DataError("the pictures that emoji.json names are missing", where=str(folder), got=f"{len(found)} files")
     # Every fourth emoji is the test split: neighbours in code-point order look alike, so a fixed stride keeps both
     # splits balanced and the choice reproducible.
     train = [row for i, (_, row) in enumerate(found) if i % 4]

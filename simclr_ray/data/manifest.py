@@ -142,8 +142,10 @@ def read_manifest(folder: str) -> Manifest:
     try:
         table = pq.read_table(io.BytesIO(data))
         header = json.loads((table.schema.metadata or {})[b"simclr_ray"])
-        columns = [table.column(name).to_pylist() for name in _SCHEMA.names]
-    except (pa.ArrowInvalid, KeyError, ValueError) as error:
+        if header["format"] <= FORMAT:
+            manifest = _from_table(folder, header, table)
+            intact = manifest.fingerprint == header["fingerprint"]
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"not a manifest of this project: {error}", where=uri, fix="pack or index the images again"
         ) from None
@@ -151,7 +153,15 @@ def read_manifest(folder: str) -> Manifest:
         raise DataError(
             "written by a newer version", where=uri, got=f"format {header['format']}", expected=f"at most {FORMAT}"
         )
-    manifest = Manifest(
+    if not intact:
+        raise DataError("content does not match its own fingerprint", where=uri, fix="pack or index the images again")
+    return manifest
+
+
+def _from_table(folder: str, header: Mapping[str, Any], table: pa.Table) -> Manifest:
+    """The inverse of `write_manifest`; KeyError, TypeError or ValueError for what that never wrote."""
+    columns = [table.column(name).to_pylist() for name in _SCHEMA.names]
+    return Manifest(
         folder=folder,
         shards=tuple(Shard(u, k, e, b, tuple(r)) for u, k, e, b, r in zip(*columns, strict=True)),
         unit_rows=header["unit_rows"],
@@ -159,9 +169,6 @@ def read_manifest(folder: str) -> Manifest:
         classes=tuple(header["classes"]),
         source=header["source"],
     )
-    if manifest.fingerprint != header["fingerprint"]:
-        raise DataError("content does not match its own fingerprint", where=uri, fix="pack or index the images again")
-    return manifest
 
 
 def shard_from_file(uri: str, data: bytes, rows_per_group: Sequence[int]) -> Shard:

@@ -26,7 +26,7 @@ def read_rows(manifest: Manifest, pieces: Sequence[Piece], columns: Sequence[str
         uri = manifest.shard_uri(piece.shard)
         expected = manifest.shards[piece.shard]
         try:
-            parquet = _open(uri, expected.etag)
+            parquet = _open(uri, expected.etag, expected.bytes)
             present = parquet.schema_arrow.names
             missing = [name for name in columns if name not in present]
             if missing:
@@ -54,8 +54,21 @@ def read_rows(manifest: Manifest, pieces: Sequence[Piece], columns: Sequence[str
 
 
 @lru_cache(maxsize=8)
-def _open(uri: str, etag: str) -> pq.ParquetFile:
-    """A few open files a process, so that a footer is not read again for each unit; `etag` keeps versions apart."""
+def _open(uri: str, etag: str, size: int) -> pq.ParquetFile:
+    """A few open files a process, so that a footer is not read again for each unit; `etag` keeps versions apart.
+
+    Raises:
+        DataError: when the file is not of the size it was written with, which is known without reading it.
+    """
     del etag
     files, path = storage.filesystem(uri)
-    return pq.ParquetFile(files.open_input_file(path))
+    source = files.open_input_file(path)
+    if source.size() != size:
+        raise DataError(
+            "shard changed since the manifest was written",
+            where=uri,
+            got=f"{source.size()} bytes",
+            expected=f"{size}",
+            fix="restore it, or pack the images again and start a new run",
+        )
+    return pq.ParquetFile(source)

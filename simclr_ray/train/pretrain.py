@@ -14,11 +14,11 @@ import ray.train.torch
 from simclr_ray import storage
 from simclr_ray.config import Config
 from simclr_ray.configure import ConfigSource, load_config
+from simclr_ray.data.cursor import SegmentCursor
 from simclr_ray.data.decode import Limits
 from simclr_ray.data.manifest import Manifest, read_manifest
 from simclr_ray.data.stream import (
     PlanAddress,
-    SegmentCursor,
     configure_ray_data,
     execution_options,
     unit_stream,
@@ -74,6 +74,7 @@ def pretrain(config: ConfigSource = None, overrides: Sequence[str] = ()) -> RunR
     done = max(ckpt.committed_steps(run.checkpoints), default=0)
     if done >= derived.total_steps:
         console.say(f"{run.uri}: finished already, {done} steps; nothing to do")
+        run.update(status="finished")  # a kill may have come between the last checkpoint and this word
         return RunResult(run.uri, done, {})
     console.say(
         f"run: {run.uri}" + (f" (continues; {done} of {derived.total_steps} steps are saved)" if existed else "")
@@ -127,9 +128,10 @@ def _run(
             while thread.is_alive():
                 thread.join(POLL_S)
                 keeper.look()
-        error = outcome[0]
-        if error is not None:
-            raise _explain(error, ray.get(desk.fatal.remote()), config) from error
+        keeper.look()
+        error, fatal = outcome[0], ray.get(desk.fatal.remote())
+        if error is not None or fatal is not None:
+            raise _explain(error, fatal, config) from error
         status = "finished"
     except KeyboardInterrupt:
         status = "interrupted"
@@ -201,7 +203,7 @@ class _Keeper:
             write_quarantine(self._run, list(self._quarantine.values()))
 
 
-def _explain(error: BaseException, fatal: SimclrError | None, config: Config) -> SimclrError:
+def _explain(error: BaseException | None, fatal: SimclrError | None, config: Config) -> SimclrError:
     """The user's error behind what Ray raised, or a sentence about Ray's own."""
     cause = fatal or root_cause(error)
     if cause is not None:

@@ -24,11 +24,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from simclr_ray import __version__, storage
+from simclr_ray import storage
 from simclr_ray.config import Config
 from simclr_ray.configure import flat, load_config, to_yaml
 from simclr_ray.errors import ConfigError
 from simclr_ray.train.derive import Derived
+from simclr_ray.version import __version__
 
 FORMAT = 1
 #: Settings that may change between attempts: they decide speed, logging or evaluation, never the loss curve.

@@ -78,9 +78,11 @@ def _jitter(pixels: Tensor, draws: Draws, policy: Policy) -> None:
         (HUE, policy.hue, draws.hue, hue),
     )
     wanted = [(number, factors, operate) for number, strength, factors, operate in operations if strength > 0]
-    for position in range(4 if wanted else 0):
+    # Each row of the order names each operation once, so that leaving some out leaves rows of one length.
+    order = draws.order[np.isin(draws.order, [number for number, _, _ in wanted])].reshape(len(draws), len(wanted))
+    for position in range(len(wanted)):
         for number, factors, operate in wanted:
-            _change(pixels, draws.jitter & (draws.order[:, position] == number), operate, factors)
+            _change(pixels, draws.jitter & (order[:, position] == number), operate, factors)
 
 
 def _change(pixels: Tensor, mask: Bools, operate: Callable[..., None], *parameters: Floats) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from simclr_ray.errors import ConfigError
-from simclr_ray.views.philox import key_of, philox4x32, uniforms
+from simclr_ray.philox import key_of, philox4x32, uniforms
 from simclr_ray.views.policy import Policy
 
 Ints = npt.NDArray[np.int32]

@@ -77,6 +77,10 @@ def test_each_operation_alone_is_torchvisions(name: str):
     assert errors(Policy(size=40, **{**ONLY_JITTER, **strengths}), 12).max() <= 0.3
 
 
+def test_two_operations_alone_keep_their_order():
+    assert errors(Policy(size=28, saturation=0.0, hue=0.0, **ONLY_JITTER), 40).max() <= 0.3
+
+
 def test_blur_is_torchvisions():
     policy = Policy(size=96, jitter_probability=0, grayscale_probability=0, blur_probability=1)
     views, d = views_of(96, 12), draws_for(policy, 12)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simclr_ray.views.philox import key_of, philox4x32, uniforms
+from simclr_ray.philox import key_of, philox4x32, uniforms
 
 WORD = st.integers(0, 2**32 - 1)
 ADDRESS = st.tuples(st.tuples(WORD, WORD, WORD, WORD), st.tuples(WORD, WORD))

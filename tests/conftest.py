@@ -1,0 +1,62 @@
+"""Shared parts: real images from the clone, and one real local Ray for all tests that need one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # said explicitly: ray's default depends on files in the home
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "120")
+
+import pytest
+
+from simclr_ray.data.manifest import Manifest, read_manifest, write_manifest
+from simclr_ray.data.plan import Piece
+from simclr_ray.data.read import read_rows
+from simclr_ray.data.shards import ImageRow, write_shard
+
+ROOT = Path(__file__).parents[1]
+FASHION = ROOT / "jobs" / "data" / "fashion-mnist"
+
+
+def real_rows(count: int, split: str = "train") -> list[ImageRow]:
+    """The first images of the data set that comes with the clone."""
+    manifest = read_manifest(str(FASHION / split))
+    rows: list[ImageRow] = []
+    for group, size in enumerate(manifest.shards[0].rows_per_group):
+        table = read_rows(manifest, [Piece(0, group, 0, size, 0)], ["image", "label", "uri"])
+        rows += [ImageRow(r["image"], r["label"], r["uri"]) for r in table.to_pylist()]
+        if len(rows) >= count:
+            return rows[:count]
+    raise AssertionError(f"the first shard has only {len(rows)} rows")
+
+
+def make_data_set(folder: Path, rows: list[ImageRow], *, unit_rows: int = 16, shard_rows: int = 100) -> Manifest:
+    """Write rows as a packed data set. Shards of 100 rows leave remainders, so shared units occur too."""
+    shards = [
+        write_shard(str(folder), index, rows[start : start + shard_rows], unit_rows)
+        for index, start in enumerate(range(0, len(rows), shard_rows))
+    ]
+    classes = tuple(map(str, range(10)))
+    manifest = Manifest(str(folder), tuple(shards), unit_rows=unit_rows, classes=classes)
+    write_manifest(manifest)
+    return manifest
+
+
+@pytest.fixture(scope="session")
+def data_set(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """400 real images in 25 units of 16."""
+    return make_data_set(tmp_path_factory.mktemp("data"), real_rows(400))
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """A real local Ray with room for three workers and the stream, shared by all tests of this process."""
+    from simclr_ray.config import ClusterConfig
+    from simclr_ray.train.cluster import connected
+
+    with connected(ClusterConfig(workers=3, data_cpus=2)):
+        yield

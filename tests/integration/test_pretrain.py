@@ -1,0 +1,177 @@
+"""Whole trainings on a real local Ray: the same curve for 1, 2 and 3 workers, and after kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+
+from simclr_ray import load_encoder
+from simclr_ray.config import Config
+from simclr_ray.configure import load_config, to_yaml
+from simclr_ray.data.manifest import Manifest
+from simclr_ray.data.shards import ImageRow
+from simclr_ray.errors import ConfigError, DataError, NumericsError
+from simclr_ray.observe.metrics import read_jsonl
+from simclr_ray.train.checkpoint import committed_steps
+from simclr_ray.train.pretrain import pretrain
+from simclr_ray.train.run import RunFolder, read_quarantine
+from tests.conftest import make_data_set, real_rows
+
+pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("ray")]
+
+STEPS = 60
+
+
+def settings(folder: Path, manifest: Manifest, **changes: Any) -> Config:
+    values: dict[str, Any] = {
+        "run": {"folder": str(folder), "seed": 3},
+        "data": {"train": manifest.folder, "units_per_task": 4},
+        "views": {"preset": "cifar", "size": 16},
+        "model": {"encoder": "small", "projection_dim": 16},
+        "loss": {"temperature": 0.5},
+        # Gentle, so that rounding differences between world sizes are not amplified step by step: with 0.5 at
+        # temperature 0.1 they grow tenfold a step, which says nothing about the order of the samples.
+        "optim": {"name": "lars", "rule": "constant", "base_learning_rate": 0.01, "warmup_epochs": 0.5},
+        "train": {"global_batch": 64, "steps": STEPS, "log_every": 1, "checkpoint_every": 4},
+        "cluster": {"threads_per_worker": 1},
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        values[section][name] = value
+    return load_config(values)
+
+
+def losses(folder: Path) -> list[float]:
+    records = read_jsonl(folder / "metrics.jsonl")
+    assert [record.step for record in records] == list(range(1, STEPS + 1))
+    return [record.values["train/loss"] for record in records]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(local_ray: None, data_set: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nothing happens to: one worker."""
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    result = pretrain(settings(folder, data_set))
+    assert result.steps == STEPS
+    return folder
+
+
+def test_a_run_leaves_its_folder(undisturbed: Path) -> None:
+    assert len(losses(undisturbed)) == STEPS
+    assert committed_steps(str(undisturbed / "checkpoints")) == [STEPS - 8, STEPS - 4, STEPS]  # the newest three
+    info = json.loads((undisturbed / "run.json").read_text())
+    assert (info["status"], info["attempts"]) == ("finished", 1)
+    assert (undisturbed / "resolved.yaml").exists()
+    assert load_encoder(str(undisturbed)).step == STEPS
+    assert load_encoder(str(undisturbed), step=STEPS - 4).step == STEPS - 4
+
+
+def test_a_finished_run_is_left_alone(undisturbed: Path, data_set: Manifest) -> None:
+    before = (undisturbed / "metrics.jsonl").read_bytes()
+    assert pretrain(settings(undisturbed, data_set)).steps == STEPS
+    assert (undisturbed / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_the_loss_curve_does_not_depend_on_the_number_of_workers(
+    undisturbed: Path, data_set: Manifest, tmp_path: Path, workers: int
+) -> None:
+    """Rounding differs between world sizes and grows with the steps; another sample anywhere would show at once."""
+    pretrain(settings(tmp_path / "run", data_set, cluster__workers=workers))
+    mine, expected = losses(tmp_path / "run"), losses(undisturbed)
+    assert mine[:10] == pytest.approx(expected[:10], rel=1e-6)
+    assert mine == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_killed_worker_costs_a_restart_and_nothing_else(
+    undisturbed: Path, data_set: Manifest, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    killer = threading.Thread(
+        target=when(lambda: bool(committed_steps(str(folder / "checkpoints"))), kill_train_worker)
+    )
+    killer.start()
+    pretrain(settings(folder, data_set))
+    killer.join()
+    assert losses(folder) == losses(undisturbed)
+    assert json.loads((folder / "run.json").read_text())["attempts"] == 2
+
+
+def test_a_killed_cluster_is_continued_by_the_same_command(
+    undisturbed: Path, data_set: Manifest, tmp_path: Path
+) -> None:
+    """SIGKILL to the driver takes its local Ray along; the second command ends with the undisturbed losses, bit for bit."""
+    folder, file = tmp_path / "run", tmp_path / "run.yaml"
+    file.write_text(to_yaml(settings(folder, data_set).model_dump(mode="json")))
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, "-m", "simclr_ray.cli", "pretrain", str(file)]
+    first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    when(lambda: bool(committed_steps(str(folder / "checkpoints"))), first.kill)()
+    assert first.wait() == -signal.SIGKILL
+    second = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert second.returncode == 0, second.stderr
+    assert "continuing from the checkpoint of step" in second.stdout
+    assert losses(folder) == losses(undisturbed)
+
+
+def test_a_run_of_another_configuration_is_refused_field_by_field(undisturbed: Path, data_set: Manifest) -> None:
+    with pytest.raises(ConfigError) as caught:
+        pretrain(settings(undisturbed, data_set, run__seed=4, optim__weight_decay=0.5))
+    assert "run.seed: the run has 3, now 4" in str(caught.value)
+    assert "optim.weight_decay" in str(caught.value)
+
+
+def test_too_many_broken_images_stop_the_run_and_are_listed(local_ray: None, tmp_path: Path) -> None:
+    rows = [ImageRow(b"" if i % 5 == 0 else row.image, row.label, row.uri) for i, row in enumerate(real_rows(400))]
+    folder = tmp_path / "run"
+    with pytest.raises(DataError, match="could not be used"):
+        pretrain(settings(folder, make_data_set(tmp_path / "data", rows)))
+    listed = read_quarantine(RunFolder(str(folder)))
+    assert listed
+    assert {entry["reason"] for entry in listed} == {"empty"}
+    assert all(entry["sample_id"] % 5 == 0 for entry in listed)
+    assert json.loads((folder / "run.json").read_text())["status"] == "failed"
+
+
+def test_a_diverged_run_stops_before_its_weights_are_saved(local_ray: None, data_set: Manifest, tmp_path: Path) -> None:
+    with pytest.raises(NumericsError, match="diverged"):
+        pretrain(settings(tmp_path / "run", data_set, optim__base_learning_rate=1e38, optim__name="adamw"))
+    assert committed_steps(str(tmp_path / "run" / "checkpoints")) == []
+
+
+def when(condition: Callable[[], bool], act: Callable[[], None], timeout_s: float = 120.0) -> Callable[[], None]:
+    """A fault that is scheduled by what has happened, not by luck."""
+
+    def run() -> None:
+        end = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < end, "the moment for the fault never came"
+            time.sleep(0.02)
+        act()
+
+    return run
+
+
+def kill_train_worker() -> None:
+    """SIGKILL to a Ray Train worker of this test's own Ray, by its process id."""
+    ours = ray._private.worker.global_worker.node.get_session_dir_path()
+    for process in psutil.process_iter(["cmdline", "name"]):
+        info: Mapping[str, Any] = process.info
+        command = " ".join(info["cmdline"] or [])
+        if "RayTrainWorker" in command or "RayTrainWorker" in (info["name"] or ""):
+            if any(ours in part for parent in process.parents() for part in parent.cmdline()):
+                process.kill()
+                return
+    raise AssertionError("no train worker found")

@@ -1,0 +1,215 @@
+"""The manifest: what is written comes back, and whatever is not ours is refused in a sentence."""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from simclr_ray.data.manifest import MANIFEST_NAME, Manifest, Shard, read_manifest, write_manifest
+from simclr_ray.errors import DataError
+
+TEXT = st.text(st.characters(codec="utf-8"), max_size=12)
+GROUPS = st.lists(st.integers(0, 2**31 - 1), max_size=6).map(tuple)
+SHARDS = st.builds(Shard, uri=TEXT, kind=TEXT, etag=TEXT, bytes=st.integers(0, 2**62), rows_per_group=GROUPS)
+MANIFESTS = st.builds(
+    Manifest,
+    folder=st.just(""),
+    shards=st.lists(SHARDS, max_size=5).map(tuple),
+    unit_rows=st.integers(1, 2**31),
+    image_column=TEXT,
+    classes=st.lists(TEXT, max_size=4).map(tuple),
+    source=st.dictionaries(TEXT, st.none() | st.integers() | TEXT, max_size=3),
+)
+
+
+def two_shards(folder: str = "/data") -> Manifest:
+    shards = (Shard("a.parquet", "parquet", "0a", 100, (16, 4)), Shard("b.parquet", "parquet", "0b", 90, (16,)))
+    return Manifest(folder, shards, unit_rows=16, classes=("cat", "dog"), source={"licence": "MIT"})
+
+
+@settings(deadline=None, max_examples=50)
+@given(manifest=MANIFESTS)
+def test_what_is_written_is_read_back(manifest: Manifest) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        written = replace(manifest, folder=folder)
+        uri = write_manifest(written)
+        assert read_manifest(folder) == written
+        assert read_manifest(uri) == written, "the manifest's own URI names the data set too"
+        assert [path.name for path in Path(folder).iterdir()] == [MANIFEST_NAME], "nothing else is left behind"
+
+
+@settings(deadline=None, max_examples=50)
+@given(manifest=MANIFESTS)
+def test_sample_ids_count_the_rows_before_a_shard(manifest: Manifest) -> None:
+    ids = manifest.first_sample_ids()
+    assert len(ids) == len(manifest.shards)
+    for index, first in enumerate(ids.tolist()):
+        assert first == sum(shard.rows for shard in manifest.shards[:index])
+    assert manifest.rows == sum(sum(shard.rows_per_group) for shard in manifest.shards)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"uri": "c.parquet"},
+        {"kind": "tar"},
+        {"etag": "0c"},
+        {"bytes": 101},
+        {"rows_per_group": (4, 16)},
+        {"rows_per_group": (20,)},
+    ],
+    ids=str,
+)
+def test_the_fingerprint_changes_with_every_field_of_a_shard(change: dict[str, Any]) -> None:
+    manifest = two_shards()
+    first, second = manifest.shards
+    assert replace(manifest, shards=(replace(first, **change), second)).fingerprint != manifest.fingerprint
+
+
+@pytest.mark.parametrize("change", [{"unit_rows": 8}, {"image_column": "jpg"}], ids=str)
+def test_the_fingerprint_changes_with_what_decides_the_samples(change: dict[str, Any]) -> None:
+    manifest = two_shards()
+    assert replace(manifest, **change).fingerprint != manifest.fingerprint
+
+
+def test_the_fingerprint_changes_with_the_order_and_number_of_shards() -> None:
+    manifest = two_shards()
+    others = {replace(manifest, shards=shards).fingerprint for shards in (manifest.shards[::-1], manifest.shards[:1])}
+    assert len(others | {manifest.fingerprint}) == 3
+
+
+@pytest.mark.parametrize("change", [{"folder": "s3://bucket/elsewhere"}, {"classes": ()}, {"source": {}}], ids=str)
+def test_the_fingerprint_does_not_depend_on_the_place_or_on_words_about_it(change: dict[str, Any]) -> None:
+    manifest = two_shards()
+    assert replace(manifest, **change).fingerprint == manifest.fingerprint
+
+
+def test_a_data_set_may_be_moved(tmp_path: Path) -> None:
+    before = two_shards(str(tmp_path / "before"))
+    write_manifest(before)
+    (tmp_path / "before").rename(tmp_path / "after")
+    after = read_manifest(str(tmp_path / "after"))
+    assert after.fingerprint == before.fingerprint
+    assert after.shard_uri(0) == str(tmp_path / "after" / "a.parquet")
+
+
+def test_a_shard_with_a_full_uri_stays_where_it_is() -> None:
+    shards = (Shard("s3://other/a.parquet", "parquet", "0a", 1, (1,)), Shard("/abs/b", "parquet", "0b", 1, (1,)))
+    manifest = Manifest("/data", shards)
+    assert [manifest.shard_uri(i) for i in (0, 1)] == ["s3://other/a.parquet", "/abs/b"]
+
+
+def test_a_missing_manifest_is_a_sentence_with_the_way_out(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no data set here") as caught:
+        read_manifest(str(tmp_path / "nowhere"))
+    assert str(tmp_path / "nowhere") in str(caught.value)
+    assert "simclr-ray pack" in str(caught.value)
+
+
+def edited(manifest: Manifest, edit: Callable[[dict[str, Any], pa.Table], tuple[Any, pa.Table]]) -> bytes:
+    """The bytes of a manifest whose header or table a stranger has changed."""
+    data = Path(write_manifest(manifest)).read_bytes()
+    table = pq.read_table(io.BytesIO(data))
+    header, table = edit(json.loads(table.schema.metadata[b"simclr_ray"]), table)
+    buffer = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata({"simclr_ray": json.dumps(header)}), buffer)
+    return buffer.getvalue()
+
+
+def set_column(table: pa.Table, name: str, values: list[Any]) -> pa.Table:
+    index = table.schema.get_field_index(name)
+    return table.set_column(index, table.schema.field(index), pa.array(values, table.schema.field(index).type))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda header, table: (header, set_column(table, "etag", ["0a", "ff"])),
+        lambda header, table: (header, set_column(table, "rows_per_group", [[16, 5], [16]])),
+        lambda header, table: (header, table.slice(1)),
+        lambda header, table: (header | {"unit_rows": 8}, table),
+        lambda header, table: (header | {"fingerprint": "0" * 32}, table),
+    ],
+    ids=["etag", "rows", "shard taken out", "unit size", "fingerprint"],
+)
+def test_a_tampered_manifest_is_refused(tmp_path: Path, edit: Callable[..., Any]) -> None:
+    file = tmp_path / MANIFEST_NAME
+    file.write_bytes(edited(two_shards(str(tmp_path)), edit))
+    with pytest.raises(DataError, match="does not match its own fingerprint") as caught:
+        read_manifest(str(tmp_path))
+    assert str(file) in str(caught.value)
+
+
+def test_a_manifest_of_a_newer_version_is_refused_as_such(tmp_path: Path) -> None:
+    data = edited(two_shards(str(tmp_path)), lambda header, table: ({"format": 2, "unlike": "ours"}, table))
+    (tmp_path / MANIFEST_NAME).write_bytes(data)
+    with pytest.raises(DataError, match=r"written by a newer version.*format 2"):
+        read_manifest(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda header, table: ({}, table),
+        lambda header, table: ([1, 2], table),
+        lambda header, table: (header | {"format": "one"}, table),
+        lambda header, table: ({k: v for k, v in header.items() if k != "unit_rows"}, table),
+        lambda header, table: (header | {"classes": None}, table),
+        lambda header, table: (header, table.drop_columns("etag")),
+        lambda header, table: (header, set_column(table, "rows_per_group", [None, None])),
+        lambda header, table: (header, set_column(table, "rows_per_group", [[None], [16]])),
+        lambda header, table: (header, set_column(table, "uri", [None, "b"])),
+    ],
+    ids=["empty header", "list header", "format", "no unit_rows", "classes", "no etag", "no rows", "null row", "uri"],
+)
+def test_a_header_or_table_of_another_shape_is_refused_in_a_sentence(tmp_path: Path, edit: Callable[..., Any]) -> None:
+    file = tmp_path / MANIFEST_NAME
+    file.write_bytes(edited(two_shards(str(tmp_path)), edit))
+    with pytest.raises(DataError) as caught:
+        read_manifest(str(tmp_path))
+    assert str(file) in str(caught.value)
+
+
+def parquet_of_someone_else() -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"uri": ["a"], "caption": ["a cat"]}), buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"not parquet", b"PAR1" + b"\x00" * 40 + b"PAR1", b"PAR1\xff\xff\xff\x7fPAR1", parquet_of_someone_else()],
+    ids=["empty", "text", "no footer", "absurd footer", "foreign table"],
+)
+def test_a_foreign_file_is_refused_in_a_sentence(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / MANIFEST_NAME).write_bytes(data)
+    with pytest.raises(DataError, match="not a manifest of this project") as caught:
+        read_manifest(str(tmp_path))
+    assert str(tmp_path / MANIFEST_NAME) in str(caught.value)
+
+
+@settings(deadline=None, max_examples=50)
+@given(cut=st.integers(0, 10_000), flip=st.integers(0, 10_000))
+def test_no_damage_to_the_file_raises_anything_else(cut: int, flip: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        manifest = two_shards(folder)
+        file = Path(write_manifest(manifest))
+        data = bytearray(file.read_bytes())
+        data[flip % len(data)] ^= 0xFF
+        file.write_bytes(data[: len(data) - cut % len(data)] if cut % 2 else data)
+        try:
+            read = read_manifest(folder)
+        except DataError:
+            return
+        assert read.fingerprint == manifest.fingerprint, "damage that is not seen does not touch the samples"
