@@ -16,16 +16,17 @@ venv: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 13), "needs Python 3.11 to 3.13; try make PYTHON=python3.11 ..."'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@echo "installing into $(VENV): a few GB, some minutes, once"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 demo: venv
-	$(BIN)/simclr-ray pretrain jobs/fashion_mnist.yaml --set run.folder=$(RUN)
-	$(BIN)/simclr-ray evaluate $(RUN)
+	@$(BIN)/simclr-ray pretrain jobs/fashion_mnist.yaml --set run.folder=$(RUN)
+	@$(BIN)/simclr-ray evaluate $(RUN)
 
 test: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 RAY_AUTH_MODE=disabled $(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 check: venv
 	$(BIN)/ruff format --check .

@@ -134,15 +134,22 @@ def list_images(source: str, labels: Labels) -> list[Listed]:
 
 def _from_list(source: str, labels: Labels) -> list[Listed]:
     try:
-        text = storage.read_bytes(source).decode("utf-8")
+        text = storage.read_bytes(source).decode("utf-8-sig")  # spreadsheets begin their exports with a mark
     except FileNotFoundError:
         raise DataError("no such list", where=source) from None
     except UnicodeDecodeError as error:
         raise DataError(f"the list is not UTF-8 text: {error}", where=source) from None
-    lines = [line for line in csv.reader(io.StringIO(text)) if line and line[0].strip()]
-    if labels == "list" and any(len(line) < 2 for line in lines):
-        short = next(number for number, line in enumerate(lines, 1) if len(line) < 2)
-        raise DataError("line has no label", where=f"{source}:{short}", expected="URI,label")
+    reader = csv.reader(io.StringIO(text))
+    lines = []
+    try:
+        for line in reader:
+            if not line or not line[0].strip():
+                continue
+            if labels == "list" and len(line) < 2:
+                raise DataError("line has no label", where=f"{source}:{reader.line_num}", expected="URI,label")
+            lines.append(line)
+    except csv.Error as error:
+        raise DataError(f"not a list of images: {error}", where=f"{source}:{reader.line_num}") from None
     folder = source.rpartition("/")[0]
     return sorted(
         (Listed(storage.join(folder, line[0].strip()), 0, _label(line, labels)) for line in lines), key=_by_uri

@@ -11,7 +11,7 @@ stream of any length costs no more than one segment's tasks at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -138,9 +138,3 @@ def configure_ray_data() -> None:
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.print_on_execution_start = False
-
-
-def blocks_of_units(shard: Any, unit_rows: int, prefetch_units: int) -> Iterator[Mapping[str, np.ndarray]]:
-    """Iterate one rank's split, one unit at a time, in order."""
-    batches = shard.iter_batches(batch_size=unit_rows, batch_format="numpy", prefetch_batches=prefetch_units)
-    yield from batches

@@ -107,7 +107,8 @@ def random_encoder(config: Config, views: Image, policy: Policy) -> SimCLR:
     model.train()
     with torch.no_grad():
         for rows in _batches(len(views[: 8 * ROWS_AT_ONCE])):
-            model(normalise(torch.from_numpy(views[rows]), policy))
+            if rows.stop - rows.start > 1:  # a rest of one image has no variance
+                model(normalise(torch.from_numpy(views[rows]), policy))
     return model.eval()
 
 

@@ -7,10 +7,12 @@ chosen by looking at it.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -19,7 +21,7 @@ from simclr_ray.config import Config, EvaluateConfig
 from simclr_ray.configure import load_config
 from simclr_ray.data.decode import Limits
 from simclr_ray.data.manifest import Manifest, read_manifest
-from simclr_ray.errors import ConfigError
+from simclr_ray.errors import ConfigError, DataError
 from simclr_ray.evaluate.encode import (
     Image,
     LabelledSet,
@@ -107,6 +109,8 @@ def _data(config: Config, policy: Policy) -> tuple[LabelledSet, LabelledSet, int
     for manifest in manifests:
         sets.append(read_labelled(manifest, policy, limits, num_pairs=NUM_PAIRS, seed=config.run.seed))
     train, test = sets
+    if len(test.labels) < 2:
+        raise DataError("the measures need pairs of test images", where=manifests[1].folder, got=f"{len(test.labels)}")
     return train, test, int(max(train.labels.max(), test.labels.max())) + 1
 
 
@@ -161,10 +165,18 @@ def _write(result: Evaluation, config: Config) -> None:
         "test": config.evaluate.test,
         "knn_k": config.evaluate.knn_k,
         "seeds": list(config.evaluate.seeds),
-        "rows": [asdict(row) for row in result.rows],
+        "rows": [_finite(asdict(row)) for row in result.rows],
     }
-    storage.write_bytes(storage.join(result.folder, "results.json"), json.dumps(numbers, indent=1).encode())
+    text = json.dumps(numbers, indent=1, allow_nan=False)
+    storage.write_bytes(storage.join(result.folder, "results.json"), text.encode())
     storage.write_bytes(storage.join(result.folder, "table.md"), to_markdown(result.rows).encode())
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for each NaN, which JSON does not know: the spread of one seed is one."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _draw(
@@ -176,7 +188,13 @@ def _draw(
 
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
-        (place / "metrics.jsonl").write_bytes(storage.read_bytes(folder.metrics))
+        try:
+            (place / "metrics.jsonl").write_bytes(storage.read_bytes(folder.metrics))
+        except FileNotFoundError:
+            raise DataError(
+                "the metrics of the training are gone, so its curve cannot be drawn", where=folder.metrics,
+                fix="restore the file, or add --no-pictures",
+            ) from None  # fmt: skip
         curves(read_jsonl(place / "metrics.jsonl"), place / "curve.png")
         views_sheet(list(test.views[:NUM_SHOWN]), test.pairs[:NUM_SHOWN], place / "views.png")
         comparison_bars(rows, place / "probes.png")

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ def test_a_killed_worker_costs_a_restart_and_nothing_else(
 def test_a_killed_cluster_is_continued_by_the_same_command(
     undisturbed: Path, data_set: Manifest, tmp_path: Path
 ) -> None:
-    """SIGKILL to the driver takes its local Ray along; the second command ends with the undisturbed losses, bit for bit."""
+    """SIGKILL to the driver takes its local Ray along; the second command ends with the same losses, bit for bit."""
     folder, file = tmp_path / "run", tmp_path / "run.yaml"
     file.write_text(to_yaml(settings(folder, data_set).model_dump(mode="json")))
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
@@ -167,11 +167,10 @@ def when(condition: Callable[[], bool], act: Callable[[], None], timeout_s: floa
 def kill_train_worker() -> None:
     """SIGKILL to a Ray Train worker of this test's own Ray, by its process id."""
     ours = ray._private.worker.global_worker.node.get_session_dir_path()
-    for process in psutil.process_iter(["cmdline", "name"]):
-        info: Mapping[str, Any] = process.info
-        command = " ".join(info["cmdline"] or [])
-        if "RayTrainWorker" in command or "RayTrainWorker" in (info["name"] or ""):
-            if any(ours in part for parent in process.parents() for part in parent.cmdline()):
-                process.kill()
-                return
+    for process in psutil.process_iter(["cmdline"]):
+        ancestors = [part for parent in process.parents() for part in parent.cmdline()]
+        is_worker = "RayTrainWorker" in " ".join(process.info["cmdline"] or [])
+        if is_worker and any(ours in part for part in ancestors):
+            process.kill()
+            return
     raise AssertionError("no train worker found")
