@@ -40,5 +40,12 @@ def pack(
         DataError: nothing to read, or no image among it.
         ConfigError: the destination is not empty.
     """
-    with connected(ClusterConfig(address=address)):
-        return _pack(source, destination, labels=labels, seed=seed, shard_bytes=shard_bytes, limits=limits)
+    return _pack(
+        source,
+        destination,
+        labels=labels,
+        seed=seed,
+        shard_bytes=shard_bytes,
+        limits=limits,
+        ray_ready=lambda: connected(ClusterConfig(address=address)),
+    )

@@ -45,7 +45,7 @@ class Shard:
     kind: str
     """How it is read; `parquet` is the canonical kind."""
     etag: str
-    """Digest of its content, so that a rewritten shard is seen."""
+    """Digest of its content; part of the fingerprint. Reading compares the size only, which costs nothing."""
     bytes: int
     rows_per_group: tuple[int, ...]
     """Rows of each Parquet row group."""

@@ -7,11 +7,13 @@ counted, and listed in `rejected.parquet` beside the manifest.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -27,6 +29,7 @@ from simclr_ray.errors import DataError
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 REJECTED_NAME = "rejected.parquet"
 READ_THREADS = 16
+QUOTE = '"'
 
 Labels = Literal["none", "folder", "list"]
 
@@ -63,8 +66,9 @@ def pack(
     shard_bytes: int = 256 << 20,
     unit_rows: int = UNIT_ROWS,
     limits: Limits | None = None,
+    ray_ready: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> PackReport:
-    """Pack the images of `source` into `destination`. Needs a running Ray; see `train.cluster.connected`.
+    """Pack the images of `source` into `destination`.
 
     Args:
         source: Folder of images (local or object store, searched recursively), or a .txt/.csv file with one URI a
@@ -75,6 +79,7 @@ def pack(
         shard_bytes: Wanted size of a shard.
         unit_rows: Rows of a unit.
         limits: What an image may be.
+        ray_ready: Makes a context in which Ray is connected; entered once source and destination are found good.
 
     Raises:
         DataError: nothing to read, or no image among it.
@@ -97,7 +102,8 @@ def pack(
         }
         for index, start in enumerate(range(0, len(listed), rows_each))
     ]
-    results = sorted(_run(specs, limits or Limits()), key=lambda result: result["index"])
+    with ray_ready():
+        results = sorted(_run(specs, limits or Limits()), key=lambda result: result["index"])
     shards = tuple(Shard(**{**result["shard"], "rows_per_group": tuple(result["shard"]["rows_per_group"])})
                    for result in results if result["shard"]["rows_per_group"])  # fmt: skip
     rejected = [entry for result in results for entry in result["rejected"]]
@@ -139,6 +145,8 @@ def _from_list(source: str, labels: Labels) -> list[Listed]:
         raise DataError("no such list", where=source) from None
     except UnicodeDecodeError as error:
         raise DataError(f"the list is not UTF-8 text: {error}", where=source) from None
+    if source.endswith(".txt") and labels != "list":
+        text = "\n".join(f'"{line.replace(QUOTE, 2 * QUOTE)}"' for line in text.splitlines() if line.strip())
     reader = csv.reader(io.StringIO(text))
     lines = []
     try:

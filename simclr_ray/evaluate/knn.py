@@ -46,7 +46,7 @@ def knn_top1(
     if not 1 <= k <= len(train_h):
         raise ConfigError(
             "the number of voting neighbours does not fit the training set",
-            where="k",
+            where="evaluate.knn_k",
             got=k,
             expected=f"1 to {len(train_h)}, the number of training embeddings",
         )

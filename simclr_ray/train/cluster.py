@@ -7,9 +7,11 @@ with as many CPUs as workers and stream need, and on a running one the room is c
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import math
 import os
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +19,10 @@ import ray
 
 from simclr_ray.config import ClusterConfig
 from simclr_ray.errors import ClusterError
+
+log = logging.getLogger("simclr_ray.ray")
+
+PROBE_TIMEOUT_S = 10.0
 
 
 @contextlib.contextmanager
@@ -36,10 +42,11 @@ def connected(config: ClusterConfig) -> Iterator[None]:
     address = config.address or os.environ.get("RAY_ADDRESS")
     try:
         if address:
+            _probe(address)
             ray.init(address=address, **calm)
         else:
             ray.init(num_cpus=local_cpus(config), include_dashboard=False, **calm)
-    except ConnectionError as error:
+    except (ConnectionError, ValueError) as error:
         raise ClusterError(
             f"no Ray cluster answers: {error}",
             where=f"cluster.address={address}",
@@ -50,6 +57,38 @@ def connected(config: ClusterConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _probe(address: str) -> None:
+    """Knock at host:port first, for `ray.init` tries for minutes where nobody listens.
+
+    Raises:
+        ConnectionError: nobody does.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return  # "auto" and the like: Ray knows
+    try:
+        socket.create_connection((host, int(port)), timeout=PROBE_TIMEOUT_S).close()
+    except OSError as error:
+        raise ConnectionError(str(error)) from None
+
+
+@contextlib.contextmanager
+def prints_logged() -> Iterator[None]:
+    """Send what Ray prints on standard output to the log `simclr_ray.ray`; a console made before keeps its stream.
+
+    `log_to_driver=False` silences workers, but messages of the raylet are printed by a thread of the driver.
+    """
+    with contextlib.redirect_stdout(_ToLog()):
+        yield
+
+
+class _ToLog(io.TextIOBase):
+    def write(self, text: str) -> int:
+        if text.strip():
+            log.info("%s", text.rstrip())
+        return len(text)
 
 
 def local_cpus(config: ClusterConfig) -> int:

@@ -26,7 +26,7 @@ from simclr_ray.data.stream import (
 from simclr_ray.errors import ClusterError, ConfigError, SimclrError
 from simclr_ray.observe.console import Console
 from simclr_ray.train import checkpoint as ckpt
-from simclr_ray.train.cluster import connected, resolve_workers
+from simclr_ray.train.cluster import connected, prints_logged, resolve_workers
 from simclr_ray.train.derive import Derived, check_world_size, derive, policy_of, sentences, shares
 from simclr_ray.train.desk import Desk, News
 from simclr_ray.train.run import RunFolder, open_run, read_quarantine, write_quarantine
@@ -81,7 +81,7 @@ def pretrain(config: ConfigSource = None, overrides: Sequence[str] = ()) -> RunR
     )
     for line in sentences(settings, derived):
         console.say(line)
-    with connected(settings.cluster):
+    with connected(settings.cluster), prints_logged():
         workers, use_gpu = resolve_workers(settings.cluster, ray.cluster_resources())
         check_world_size(workers, derived)
         parts = " + ".join(map(str, shares(derived, workers)))
