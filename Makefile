@@ -26,7 +26,7 @@ demo: venv
 	@$(BIN)/simclr-ray evaluate $(RUN)
 
 test: venv
-	@OMP_NUM_THREADS=1 RAY_AUTH_MODE=disabled $(BIN)/python -m pytest -q -n 2 --dist loadgroup
+	@OMP_NUM_THREADS=1 RAY_AUTH_MODE=disabled $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 check: venv
 	$(BIN)/ruff format --check .

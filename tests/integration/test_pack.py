@@ -21,7 +21,7 @@ from simclr_ray.data.stream import read_unit
 from simclr_ray.errors import ConfigError, DataError, StorageError
 from tests.conftest import real_rows
 
-pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.integration
 
 UNIT_ROWS = 16
 SMALL_SHARDS = 32 * 500  # about two units of these images, so that there are several shards

@@ -19,7 +19,7 @@ from simclr_ray.views.policy import preset
 from simclr_ray.views.stage import ViewStage
 from tests.conftest import make_data_set, real_rows
 
-pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.integration
 
 PER_STEP, R = 4, 16
 POLICY = preset("cifar", size=16)

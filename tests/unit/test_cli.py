@@ -208,6 +208,12 @@ def test_evaluating_a_run_without_checkpoint_is_code_4(tmp_path: Path, run: Run,
     refused(run("evaluate", tmp_path / "run", "--set", "views.size=8"), CONFIG, "only evaluate.*", "views.size=8")
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nowhere"])
+def test_an_address_where_no_cluster_answers_is_code_5_at_once(tmp_path: Path, file: Path, address: str) -> None:
+    outcome = command("pretrain", file, "--set", f"cluster.address={address}", folder=tmp_path)
+    refused(outcome, 5, "no Ray cluster answers", address)
+
+
 def test_fetching_errors_have_their_codes(tmp_path: Path, run: Run) -> None:
     refused(run("fetch-data", "emoji", tmp_path / "new"), DATA, "npm", "--source")
     refused(run("fetch-data", "fashion-mnist", tmp_path / "new", "--source", tmp_path), DATA, "files not found")
