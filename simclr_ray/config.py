@@ -40,7 +40,7 @@ class DataConfig(Section):
 
     train: str | None = None
     """Folder (or URI) of a packed data set with its manifest; labels are never read for pretraining."""
-    max_pixels: Count = 50_000_000
+    max_pixels: Annotated[int, Ge(1), Le(178_956_970)] = 50_000_000
     """Images with more pixels than this are rejected from their header, before decoding."""
     min_side: Count = 2
     """Images with a shorter side than this, in pixels, are rejected."""
@@ -52,6 +52,8 @@ class DataConfig(Section):
     """Consecutive units one Ray task reads, decodes and augments; aim at 0.5-2 s of work a task."""
     units_per_segment: Count = 40_000
     """Units in one Ray Data execution. More mean fewer restarts of the stream, but a longer start of each."""
+    steps_ahead: Count = 8
+    """Steps whose views the stream may have ready in the object store, and no more."""
     prefetch_units: Count = 8
     """Finished units each rank holds ready."""
 
@@ -118,7 +120,7 @@ class OptimConfig(Section):
     weight_decay: Annotated[float, Ge(0)] = 1e-6
     """Not applied to batch-norm parameters and biases."""
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
-    """Of LARS."""
+    """Of LARS; the first beta of AdamW."""
     warmup_epochs: Annotated[float, Ge(0)] = 10.0
     """Epochs of linear warm-up from zero."""
     schedule: Literal["cosine", "constant"] = "cosine"

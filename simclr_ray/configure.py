@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -41,26 +42,26 @@ def load_config(source: ConfigSource = None, overrides: Sequence[str] = ()) -> C
         ConfigError: listing every mistake, one a line, with the key's full path.
     """
     values = _read(source)
-    for override in overrides:
-        _apply_override(values, override)
+    problems = [problem for override in overrides if (problem := _apply_override(values, override))]
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        raise _listing([_describe(one) for one in error.errors(include_url=False)]) from None
-    problems = cross_checks(config)
+        problems += [_describe(one) for one in error.errors(include_url=False)]
+    problems += cross_checks(values)
     if problems:
         raise _listing(problems)
     return config
 
 
-def cross_checks(config: Config) -> list[str]:
-    """Mistakes that no section can see alone; empty when there are none."""
-    problems = []
-    if config.train.epochs is not None and config.train.steps is not None:
-        problems.append("train.epochs, train.steps: both are set; give one of them")
-    if config.optim.name == "lars" and config.optim.rule == "constant" and config.optim.base_learning_rate < 0.01:
-        problems.append("optim.base_learning_rate: too small for LARS with optim.rule=constant; SimCLR uses about 4.8")
-    return problems
+def cross_checks(values: Mapping[str, Any]) -> list[str]:
+    """Mistakes that no section can see alone; empty when there are none.
+
+    Takes the values as given, so that these are reported together with mistakes that leave no valid `Config`.
+    """
+    train = values.get("train")
+    if isinstance(train, Mapping) and train.get("epochs") is not None and train.get("steps") is not None:
+        return ["train.epochs, train.steps: both are set; give one of them"]
+    return []
 
 
 def schema() -> dict[str, Any]:
@@ -98,7 +99,7 @@ def _read(source: ConfigSource) -> dict[str, Any]:
     if isinstance(source, Config):
         return source.model_dump(mode="json")
     if isinstance(source, Mapping):
-        return cast(dict[str, Any], json.loads(json.dumps(source)))
+        return cast(dict[str, Any], json.loads(json.dumps(source, default=os.fspath)))
     path = Path(source)
     if not path.is_file():
         raise ConfigError("configuration file not found", where=str(path), fix="give the path of a YAML file")
@@ -122,11 +123,14 @@ def _read(source: ConfigSource) -> dict[str, Any]:
     return values
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    """Set one `a.b=c` in place; the value is read as YAML, so `null`, `[0, 1]` and `true` mean what they say."""
+def _apply_override(values: dict[str, Any], override: str) -> str | None:
+    """Set one `a.b=c` in place, or say what is wrong with it.
+
+    The value is read as YAML, so `null`, `[0, 1]` and `true` mean what they say.
+    """
     path, equals, text = override.partition("=")
     if not equals or not path.strip():
-        raise ConfigError("override is not of the form key=value", got=repr(override), fix="write section.key=value")
+        return f"override {override!r}: not of the form section.key=value"
     *sections, key = path.strip().split(".")
     target = values
     for section in sections:
@@ -137,6 +141,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         target[key] = yaml.safe_load(text)
     except yaml.YAMLError:
         target[key] = text
+    return None
 
 
 def _describe(error: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ a `SimclrError` is a bug of ours and keeps its traceback.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class SimclrError(Exception):
@@ -68,6 +68,24 @@ class NumericsError(SimclrError):
     """A loss or gradient that is not finite."""
 
     exit_code = 6
+
+
+def root_cause(error: BaseException | None) -> SimclrError | None:
+    """Find our own error inside those that Ray wrapped around it."""
+    seen: set[int] = set()
+    queue: list[Any] = [error]
+    while queue:
+        one = queue.pop(0)
+        if not isinstance(one, BaseException) or id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, SimclrError):
+            return one
+        # Ray's task error keeps the cause in `cause`, Train's in `worker_failures` and `_base_exc`.
+        parts = vars(one)
+        queue += [one.__cause__, one.__context__, parts.get("cause"), parts.get("_base_exc")]
+        queue += [parts.get("controller_failure"), *dict(parts.get("worker_failures") or {}).values()]
+    return None
 
 
 def _text(value: object) -> object:

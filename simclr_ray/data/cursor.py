@@ -11,7 +11,7 @@ class _SegmentCursor:
     """Which units the next execution of the stream holds. A tiny actor of the driver's."""
 
     def __init__(self) -> None:
-        self._segment = Segment(0, 0, 0)
+        self._segment = Segment(0, 0, 0, 0)
 
     def move(self, segment: Segment) -> None:
         """Choose the units of the next execution; called by rank 0 before it joins the others at the stream."""

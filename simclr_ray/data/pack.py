@@ -24,7 +24,7 @@ from simclr_ray import storage
 from simclr_ray.data.decode import Limits, Rejected, decode
 from simclr_ray.data.manifest import UNIT_ROWS, Manifest, Shard, write_manifest
 from simclr_ray.data.shards import ImageRow, refuse_non_empty, shuffled, write_shard
-from simclr_ray.errors import DataError
+from simclr_ray.errors import DataError, root_cause
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 REJECTED_NAME = "rejected.parquet"
@@ -191,7 +191,13 @@ def _run(specs: Sequence[Mapping[str, Any]], limits: Limits) -> list[dict[str, A
     import ray.data
 
     frame = ray.data.from_items([dict(spec) for spec in specs], override_num_blocks=len(specs))
-    rows = frame.map(_pack_one, fn_kwargs={"limits": limits}).take_all()
+    try:
+        rows = frame.map(_pack_one, fn_kwargs={"limits": limits}).take_all()
+    except Exception as error:
+        cause = root_cause(error)
+        if cause is None:
+            raise
+        raise cause from error
     return [dict(row) for row in rows]
 
 

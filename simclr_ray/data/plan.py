@@ -2,8 +2,8 @@
 
 A unit is exactly R rows that are read together. Epoch e is a permutation of all units; the endless concatenation of
 epochs is cut into steps of U = B / R units, so step k holds units [kU, (k+1)U) whoever reads them. Nothing here
-knows ranks except `share`, which says how a step's units fall on them: unit j of a segment that starts at unit s
-goes to rank (j - s) mod W, so any W from 1 to U works, also one that does not divide U.
+knows ranks except `share`, which says how a step's units fall on them: unit j goes to rank j mod W, so any W from 1
+to U works, also one that does not divide U, and a resume deals every unit as the undisturbed run would have.
 
 No I/O, no Ray, no clock.
 """
@@ -166,29 +166,30 @@ def units_per_step(global_batch: int, unit_rows: int) -> int:
 
 @dataclass(frozen=True)
 class Segment:
-    """One execution of the stream: units [start, stop) carry steps, [stop, padded_stop) only even out the split."""
+    """One execution of the stream: units [start, stop) carry steps, those around them only even out the split."""
 
+    padded_start: int
     start: int
     stop: int
     padded_stop: int
 
 
 def segments(first_unit: int, last_unit: int, *, per_step: int, world_size: int, max_units: int) -> list[Segment]:
-    """Cut units [first, last) into executions of whole steps, each padded so that every rank gets equally many units.
+    """Cut units [first, last) into executions of whole steps, each padded to multiples of the world size.
 
-    Ray Data's equal split drops what does not divide; the padding units continue the endless plan and are read by
-    nobody, so nothing that carries a step is dropped.
+    Ray Data deals an execution's blocks from rank 0 on and drops what does not divide. With padding at both ends unit j
+    always falls to rank j mod W, and nothing that carries a step is dropped; the padding is read by nobody.
     """
     assert first_unit % per_step == last_unit % per_step == 0
     steps_each = max(1, max_units // per_step)
     out = []
     for start in range(first_unit, last_unit, steps_each * per_step):
         stop = min(last_unit, start + steps_each * per_step)
-        out.append(Segment(start, stop, stop + (start - stop) % world_size))
+        out.append(Segment(start - start % world_size, start, stop, stop + -stop % world_size))
     return out
 
 
-def share(step: int, rank: int, *, segment: Segment, per_step: int, world_size: int) -> range:
+def share(step: int, rank: int, *, per_step: int, world_size: int) -> range:
     """Units of a step that fall on a rank, in the order in which the split hands them out."""
     first, last = step * per_step, (step + 1) * per_step
-    return range(first + (rank + segment.start - first) % world_size, last, world_size)
+    return range(first + (rank - first) % world_size, last, world_size)

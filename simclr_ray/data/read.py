@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from simclr_ray import storage
 from simclr_ray.data.manifest import Manifest
 from simclr_ray.data.plan import Piece
-from simclr_ray.errors import DataError
+from simclr_ray.errors import DataError, StorageError
 
 
 def read_rows(manifest: Manifest, pieces: Sequence[Piece], columns: Sequence[str]) -> pa.Table:
@@ -38,7 +38,12 @@ def read_rows(manifest: Manifest, pieces: Sequence[Piece], columns: Sequence[str
             raise DataError(
                 "shard is gone, but was in the manifest", where=uri, fix="restore it, or pack the images again"
             ) from None
-        except (pa.ArrowInvalid, OSError, IndexError) as error:
+        except OSError as error:
+            # Arrow reports damaged pages as OSError too; the store's own errors have a number or say AWS.
+            if error.errno is not None or "AWS Error" in str(error):
+                raise StorageError(f"cannot be read: {error}", where=uri, fix="check the store, run again") from None
+            raise DataError(f"shard cannot be read: {error}", where=uri, fix="restore it from its source") from None
+        except (pa.ArrowInvalid, IndexError) as error:
             raise DataError(f"shard cannot be read: {error}", where=uri, fix="restore it from its source") from None
         if group.num_rows != expected.rows_per_group[piece.group]:
             raise DataError(

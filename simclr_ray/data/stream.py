@@ -2,7 +2,7 @@
 
 One Ray task reads a run of consecutive units and hands them to `transform` (decode, draw, apply) one unit at a time;
 `preserve_order` keeps the plan's order whatever the tasks' speed, a strict repartition cuts the output into blocks of
-exactly one unit, and an equal `streaming_split` deals unit j of a segment to rank j mod W.
+exactly one unit, and an equal `streaming_split` deals unit j to rank j mod W.
 
 Which units an execution streams is asked of a `SegmentCursor` when it starts. Rank 0 sets the cursor to where the
 loaded checkpoint stands and then moves it from segment to segment, so the position has one source of truth, and a
@@ -23,6 +23,7 @@ import ray.data
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
+from simclr_ray.data.calm import CalmLoop
 from simclr_ray.data.manifest import Manifest, read_manifest
 from simclr_ray.data.plan import Plan, PlannedUnit, Segment, UnitTable
 from simclr_ray.data.read import read_rows
@@ -82,7 +83,7 @@ class UnitSource(Datasource):  # type: ignore[misc]
         segment: Segment = ray.get(self._cursor.where.remote())
         rows = load_plan(self._address)[1].units.unit_rows if segment.padded_stop else 0
         tasks = []
-        for start in range(segment.start, segment.padded_stop, self._units_per_task):
+        for start in range(segment.padded_start, segment.padded_stop, self._units_per_task):
             stop = min(start + self._units_per_task, segment.padded_stop)
             metadata = BlockMetadata(num_rows=(stop - start) * rows, size_bytes=None, exec_stats=None, input_files=None)
             tasks.append(ReadTask(_reader(self._address, start, stop), metadata))
@@ -125,11 +126,17 @@ def unit_stream(
     return frame.repartition(target_num_rows_per_block=unit_rows, strict=True)
 
 
-def execution_options() -> ray.data.ExecutionOptions:
-    """Options under which the stream keeps the plan's order."""
-    options = ray.data.ExecutionOptions()
-    options.preserve_order = True
-    return options
+def execution_options(max_bytes_ahead: int) -> ray.data.ExecutionOptions:
+    """Options under which the stream keeps the plan's order and does not run far ahead of a slow trainer.
+
+    Args:
+        max_bytes_ahead: Object-store memory of finished units that nobody has taken yet. Without a bound Ray Data would
+            make as much as half the object store holds, at the trainer's expense where they share cores.
+    """
+    return ray.data.ExecutionOptions(
+        preserve_order=True,
+        resource_limits=ray.data.ExecutionResources(object_store_memory=float(max_bytes_ahead)),
+    )
 
 
 def configure_ray_data() -> None:
@@ -138,3 +145,5 @@ def configure_ray_data() -> None:
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.print_on_execution_start = False
+    if CalmLoop not in context.custom_execution_callback_classes:
+        context.custom_execution_callback_classes.append(CalmLoop)

@@ -240,7 +240,14 @@ class _LiveScreen:
         self._console.print(Text(_encodable(text, self._console.file)), soft_wrap=True)
 
     def start(self, progress: _Progress) -> None:
-        self._live = Live(_screen(progress), console=self._console, refresh_per_second=4)
+        # Standard output stays where the caller put it: rich would bring other people's prints onto the screen.
+        self._live = Live(
+            _screen(progress),
+            console=self._console,
+            refresh_per_second=4,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
         self._live.start()
 
     def progress(self, progress: _Progress, now: float) -> None:

@@ -77,8 +77,10 @@ def step_batches(
                 batch_size=shares.unit_rows, batch_format="numpy", prefetch_batches=shares.prefetch_units
             )
         )
+        if shares.rank < segment.start - segment.padded_start:
+            next(units)  # the padding before the first step is less than one unit a rank
         for step in range(segment.start // per_step, segment.stop // per_step):
-            mine = share(step, shares.rank, segment=segment, per_step=per_step, world_size=shares.world_size)
+            mine = share(step, shares.rank, per_step=per_step, world_size=shares.world_size)
             yield _collect(step, mine, units)
         for _ in units:  # the padding; running the split to its end lets all ranks start the next one together
             pass

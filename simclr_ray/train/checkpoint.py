@@ -87,6 +87,8 @@ def load(folder: str, step: int) -> Checkpoint:
 def load_newest(folder: str, warn: Callable[[str], None]) -> Checkpoint | None:
     """Load the newest valid checkpoint; None when there has never been one.
 
+    Broken ones that are newer lose their marker, for they are none: retention must not count them as the newest.
+
     Args:
         folder: The run's `checkpoints/`.
         warn: Told about each broken checkpoint that was passed over.
@@ -97,10 +99,15 @@ def load_newest(folder: str, warn: Callable[[str], None]) -> Checkpoint | None:
     broken = []
     for step in sorted(committed_steps(folder), reverse=True):
         try:
-            return load(folder, step)
+            found = load(folder, step)
         except InvalidCheckpoint as error:
             broken.append(str(error))
             warn(f"checkpoint passed over: {error}")
+            continue
+        for newer in committed_steps(folder):
+            if newer > step:
+                storage.delete_file(storage.join(folder, folder_name(newer), COMMIT_NAME))
+        return found
     if broken:
         raise StorageError(
             "no checkpoint of this run is valid:\n  " + "\n  ".join(broken),

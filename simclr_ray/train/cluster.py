@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
+import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from simclr_ray.config import ClusterConfig
 from simclr_ray.errors import ClusterError
@@ -46,7 +48,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
             ray.init(address=address, **calm)
         else:
             ray.init(num_cpus=local_cpus(config), include_dashboard=False, **calm)
-    except (ConnectionError, ValueError) as error:
+    except (ConnectionError, ValueError, ray.exceptions.RayError) as error:
         raise ClusterError(
             f"no Ray cluster answers: {error}",
             where=f"cluster.address={address}",
@@ -72,6 +74,12 @@ def _probe(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=PROBE_TIMEOUT_S).close()
     except OSError as error:
         raise ConnectionError(str(error)) from None
+
+
+def beside_the_driver(actor: Any) -> Any:
+    """Keep a small actor of the driver's on the driver's node: on another it would be lost with that node."""
+    node = ray.get_runtime_context().get_node_id()
+    return actor.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
 
 
 @contextlib.contextmanager
@@ -104,6 +112,8 @@ def usable_cores() -> int:
 def resolve_workers(config: ClusterConfig, resources: dict[str, float]) -> tuple[int, bool]:
     """Number of workers and whether each has a GPU, from the config and what the cluster has.
 
+    A running cluster that was asked for a stated number of workers is taken at its word, for it may grow.
+
     Raises:
         ClusterError: the workers would leave the stream no CPU.
     """
@@ -112,6 +122,9 @@ def resolve_workers(config: ClusterConfig, resources: dict[str, float]) -> tuple
     workers = config.workers or (max(1, gpus) if use_gpu else 1)
     cpus = resources.get("CPU", 0.0)
     needed = workers * config.cpus_per_worker + config.data_cpus
+    may_grow = bool(config.workers) and bool(config.address or os.environ.get("RAY_ADDRESS"))
+    if may_grow:
+        return config.workers or 1, use_gpu  # an autoscaler may add nodes; `start_timeout_s` decides
     if cpus < needed:
         fitting = int((cpus - config.data_cpus) // config.cpus_per_worker)
         raise ClusterError(

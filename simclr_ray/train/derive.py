@@ -11,7 +11,7 @@ from typing import Any
 
 from simclr_ray.config import Config, ViewsConfig
 from simclr_ray.data.manifest import Manifest
-from simclr_ray.data.plan import Segment, UnitTable, share, units_per_step
+from simclr_ray.data.plan import UnitTable, share, units_per_step
 from simclr_ray.errors import ConfigError
 from simclr_ray.learn.optim import peak_learning_rate
 from simclr_ray.views.policy import Policy, preset
@@ -126,9 +126,8 @@ def check_world_size(world_size: int, derived: Derived) -> None:
 
 def shares(derived: Derived, world_size: int) -> Sequence[int]:
     """Images of the first step that fall on each rank; later steps may deal the uneven rest to other ranks."""
-    segment = Segment(0, derived.units_per_step, derived.units_per_step)
     return [
-        derived.unit_rows * len(share(0, rank, segment=segment, per_step=derived.units_per_step, world_size=world_size))
+        derived.unit_rows * len(share(0, rank, per_step=derived.units_per_step, world_size=world_size))
         for rank in range(world_size)
     ]
 

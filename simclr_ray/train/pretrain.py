@@ -23,14 +23,14 @@ from simclr_ray.data.stream import (
     execution_options,
     unit_stream,
 )
-from simclr_ray.errors import ClusterError, ConfigError, SimclrError
+from simclr_ray.errors import ClusterError, ConfigError, SimclrError, root_cause
 from simclr_ray.observe.console import Console
 from simclr_ray.train import checkpoint as ckpt
-from simclr_ray.train.cluster import connected, prints_logged, resolve_workers
+from simclr_ray.train.cluster import beside_the_driver, connected, prints_logged, resolve_workers
 from simclr_ray.train.derive import Derived, check_world_size, derive, policy_of, sentences, shares
 from simclr_ray.train.desk import Desk, News
 from simclr_ray.train.run import RunFolder, open_run, read_quarantine, write_quarantine
-from simclr_ray.train.worker import WorkerOrder, root_cause, train_worker
+from simclr_ray.train.worker import WorkerOrder, train_worker
 from simclr_ray.views.stage import ViewStage
 
 POLL_S = 0.5
@@ -71,7 +71,8 @@ def pretrain(config: ConfigSource = None, overrides: Sequence[str] = ()) -> RunR
         check_world_size(settings.cluster.workers, derived)
     run, existed = open_run(settings, derived, manifest.fingerprint)
     console = Console(total_steps=derived.total_steps, run_folder=run.uri)
-    done = max(ckpt.committed_steps(run.checkpoints), default=0)
+    newest = ckpt.load_newest(run.checkpoints, console.say)
+    done = newest.step if newest else 0
     if done >= derived.total_steps:
         console.say(f"{run.uri}: finished already, {done} steps; nothing to do")
         run.update(status="finished")  # a kill may have come between the last checkpoint and this word
@@ -107,7 +108,7 @@ def _run(
     workers: int,
     use_gpu: bool,
 ) -> RunResult:
-    desk = Desk.remote((run.info() or {}).get("attempts", 0))
+    desk = beside_the_driver(Desk).remote((run.info() or {}).get("attempts", 0))
     trainer = _trainer(config, manifest, derived, run, desk, workers=workers, use_gpu=use_gpu)
     run.update(status="running", workers=workers)
     keeper = _Keeper(run, desk, console)
@@ -146,7 +147,7 @@ def _trainer(
     config: Config, manifest: Manifest, derived: Derived, run: RunFolder, desk: Any, *, workers: int, use_gpu: bool
 ) -> ray.train.torch.TorchTrainer:
     configure_ray_data()
-    cursor = SegmentCursor.remote()
+    cursor = beside_the_driver(SegmentCursor).remote()
     limits = Limits(max_pixels=config.data.max_pixels, min_side=config.data.min_side)
     stream = unit_stream(
         PlanAddress(manifest.folder, manifest.fingerprint, config.run.seed),
@@ -161,7 +162,7 @@ def _trainer(
         train_worker,
         train_loop_config={"order": order},
         datasets={"train": stream},
-        dataset_config=ray.train.DataConfig(execution_options=execution_options()),
+        dataset_config=ray.train.DataConfig(execution_options=execution_options(_bytes_ahead(config, derived))),
         torch_config=ray.train.torch.TorchConfig(
             backend="nccl" if use_gpu else "gloo", timeout_s=int(config.cluster.collective_timeout_s)
         ),
@@ -175,6 +176,14 @@ def _trainer(
             ),
         ),
     )
+
+
+def _bytes_ahead(config: Config, derived: Derived) -> int:
+    """Memory for the steps that the stream may be ahead, and for a few tasks' output at least, or it would stutter."""
+    size = policy_of(config.views).size
+    unit_bytes = derived.unit_rows * 2 * 3 * size * size
+    units = max(config.data.steps_ahead * derived.units_per_step, 4 * config.data.units_per_task)
+    return units * unit_bytes
 
 
 class _Keeper:

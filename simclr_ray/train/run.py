@@ -41,6 +41,7 @@ FREE = (
     "data.rejected_window",
     "data.units_per_task",
     "data.units_per_segment",
+    "data.steps_ahead",
     "data.prefetch_units",
     "train.channels_last",
     "train.compile",
@@ -113,11 +114,9 @@ def open_run(config: Config, derived: Derived, manifest_fingerprint: str) -> tup
                 "the folder is not empty and holds no run", where=run.uri, got=", ".join(names[:3]),
                 fix="choose an empty folder with run.folder",
             )  # fmt: skip
-        storage.write_bytes(
-            run.path("config.yaml"), to_yaml(config.model_dump(mode="json", exclude_unset=True)).encode()
-        )
-        _write_resolved(run, config, derived)
+        # First the identity: a kill between any two of these writes leaves a folder that the next start recognises.
         run.update(format=FORMAT, version=__version__, created=_now(), status="new", attempts=0, identity=mine)
+        _write_settings(run, config, derived)
         return run, False
     if info.get("format", 0) > FORMAT:
         raise ConfigError("this run was made by a newer version", where=run.uri, got=f"format {info['format']}")
@@ -128,13 +127,15 @@ def open_run(config: Config, derived: Derived, manifest_fingerprint: str) -> tup
             where=run.uri,
             fix="choose another run.folder, or set these back to continue the run",
         )
-    _write_resolved(run, config, derived)
+    _write_settings(run, config, derived)
     return run, True
 
 
 def compare(existing: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:
     """Differences between two identities, a line each."""
+    defaults = flat(Config().model_dump(mode="json"))  # a setting that the run's version did not have yet
     keys = sorted(set(existing) | set(mine))
+    existing = {key: existing.get(key, defaults.get(key)) for key in keys}
     return [
         f"{key}: the run has {existing.get(key)!r}, now {mine.get(key)!r}"
         for key in keys
@@ -171,8 +172,13 @@ def read_quarantine(run: RunFolder) -> list[dict[str, Any]]:
         return []
 
 
-def _write_resolved(run: RunFolder, config: Config, derived: Derived) -> None:
+def _write_settings(run: RunFolder, config: Config, derived: Derived) -> None:
+    given = config.model_dump(mode="json", exclude_unset=True)
+    storage.write_bytes(run.path("config.yaml"), to_yaml(given).encode())
     values = config.model_dump(mode="json") | {"derived": derived.as_dict()}
+    for section, name in (("run", "folder"), ("data", "train"), ("evaluate", "train"), ("evaluate", "test")):
+        if values[section][name]:  # absolute, so that later verbs work from any folder
+            values[section][name] = storage.normalise(values[section][name])
     storage.write_bytes(run.path("resolved.yaml"), to_yaml(values).encode())
 
 

@@ -72,12 +72,16 @@ class StepLog:
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
-        """Around a save: remember how long the step loop stood still, and put the metrics beside the checkpoint."""
+        """Around a save: metrics first, so that no committed step lacks its record; then count the time it takes.
+
+        That time is not a step's, so it is kept out of the next record's step time.
+        """
         started = time.monotonic()
-        yield
-        self._save_s = time.monotonic() - started
         if self._metrics:
             self._metrics.upload()
+        yield
+        self._save_s = time.monotonic() - started
+        self._since += self._save_s
 
     def write(self, step: int, learning_rate: float) -> None:
         """Agree on what all ranks saw and write one record. Called on every rank at the same steps."""
@@ -101,6 +105,7 @@ class StepLog:
         }
         if self._save_s is not None:
             values["time/checkpoint_s"] = self._save_s
+            self._save_s = None
         if self._device.type == "cuda":
             values["gpu/peak_mib"] = torch.cuda.max_memory_allocated(self._device) / 2**20
         if self._metrics:

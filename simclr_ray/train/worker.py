@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from simclr_ray.config import Config
 from simclr_ray.data.plan import Segment
-from simclr_ray.errors import ClusterError, DataError, NumericsError, SimclrError
+from simclr_ray.errors import ClusterError, DataError, NumericsError, StorageError, root_cause
 from simclr_ray.learn.optim import learning_rate_at, make_optimizer
 from simclr_ray.model.batch_norm import synchronise_batch_norm
 from simclr_ray.model.simclr import SimCLR
@@ -55,6 +55,8 @@ class WorkerOrder:
 def train_worker(loop_config: dict[str, Any]) -> None:
     """Train on this rank until the last step. Ray Train calls this on every rank of every attempt."""
     order: WorkerOrder = loop_config["order"]
+    if ray.get(order.desk.fatal.remote()) is not None:
+        return  # a restart of Ray's after an error that every restart would meet again; the driver raises it
     with _reported(order.desk):
         _train(order)
 
@@ -222,34 +224,12 @@ def _reported(desk: Any) -> Iterator[None]:
     What all ranks found together ends them normally, so Ray does not even try again. Anything else must kill the
     group, for the other ranks may be waiting in a collective.
     """
-    known = ray.get(desk.fatal.remote())
-    if known is not None:
-        raise known
     try:
         yield
     except (NumericsError, TooManyRejectedError) as error:
         ray.get(desk.fail.remote(error))
     except Exception as error:
         cause = root_cause(error)
-        if cause is None or isinstance(cause, ClusterError):
-            raise
-        ray.get(desk.fail.remote(cause))
-        raise cause from error
-
-
-def root_cause(error: BaseException | None) -> SimclrError | None:
-    """Find our own error inside those that Ray wrapped around it."""
-    seen: set[int] = set()
-    queue: list[Any] = [error]
-    while queue:
-        one = queue.pop(0)
-        if not isinstance(one, BaseException) or id(one) in seen:
-            continue
-        seen.add(id(one))
-        if isinstance(one, SimclrError):
-            return one
-        # Ray's task error keeps the cause in `cause`, Train's in `worker_failures` and `_base_exc`.
-        parts = vars(one)
-        queue += [one.__cause__, one.__context__, parts.get("cause"), parts.get("_base_exc")]
-        queue += [parts.get("controller_failure"), *dict(parts.get("worker_failures") or {}).values()]
-    return None
+        if cause is not None and not isinstance(cause, (ClusterError, StorageError)):  # those may pass
+            ray.get(desk.fail.remote(cause))
+        raise

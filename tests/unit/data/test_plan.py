@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simclr_ray.data.manifest import Manifest, Shard
-from simclr_ray.data.plan import Plan, Segment, UnitTable, permutation, segments, share, units_per_step
+from simclr_ray.data.plan import Plan, UnitTable, permutation, segments, share, units_per_step
 from simclr_ray.errors import ConfigError
 
 R = 4
@@ -96,8 +96,9 @@ def test_segments_join_without_gap_and_split_evenly(
     for segment, following in itertools.pairwise([*cut, None]):
         assert following is None or following.start == segment.stop
         assert (segment.stop - segment.start) % per_step == 0
-        assert (segment.padded_stop - segment.start) % world == 0
+        assert segment.padded_start % world == segment.padded_stop % world == 0
         assert 0 <= segment.padded_stop - segment.stop < world
+        assert 0 <= segment.start - segment.padded_start < world
 
 
 @given(st.integers(0, 9), st.integers(1, 6), st.integers(1, 8), st.data())
@@ -105,10 +106,13 @@ def test_every_rank_gets_its_round_robin_part_of_every_step(
     first: int, steps: int, per_step: int, data: st.DataObject
 ) -> None:
     world = data.draw(st.integers(1, per_step))
-    segment = Segment(first * per_step, (first + steps) * per_step, 0)
-    dealt = {rank: iter(range(segment.start + rank, segment.stop + world, world)) for rank in range(world)}
+    (segment,) = segments(
+        first * per_step, (first + steps) * per_step, per_step=per_step, world_size=world, max_units=10**6
+    )
+    blocks = range(segment.padded_start, segment.padded_stop)  # what Ray Data deals from rank 0 on
+    dealt = {rank: iter([j for j in blocks[rank::world] if j >= segment.start]) for rank in range(world)}
     for step in range(first, first + steps):
-        shares = [share(step, rank, segment=segment, per_step=per_step, world_size=world) for rank in range(world)]
+        shares = [share(step, rank, per_step=per_step, world_size=world) for rank in range(world)]
         assert sorted(itertools.chain(*shares)) == list(range(step * per_step, (step + 1) * per_step))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
         assert min(map(len, shares)) >= 1
@@ -128,11 +132,22 @@ def test_a_resume_on_another_world_size_continues_the_same_steps(
         out = []
         for segment in segments(first * per_step, last * per_step, per_step=per_step, world_size=world, max_units=50):
             for step in range(segment.start // per_step, segment.stop // per_step):
-                units = [share(step, r, segment=segment, per_step=per_step, world_size=world) for r in range(world)]
+                units = [share(step, r, per_step=per_step, world_size=world) for r in range(world)]
                 out += sorted(itertools.chain(*units))
         return out
 
     assert run(0, stop, before) + run(stop, stop + 3, after) == whole
+
+
+@given(st.integers(0, 200), st.integers(1, 7), st.integers(1, 7), st.integers(0, 6))
+def test_a_unit_falls_on_the_same_rank_wherever_its_execution_starts(
+    unit: int, per_step: int, world: int, rank: int
+) -> None:
+    """So a resume, or other segments, change neither a rank's rows nor the order in which gradients are summed."""
+    world = min(world, per_step)
+    rank %= world
+    step = unit // per_step
+    assert (unit in share(step, rank, per_step=per_step, world_size=world)) == (unit % world == rank)
 
 
 @pytest.mark.parametrize(("batch", "near"), [(100, "64 or 128"), (3, "64 or 128"), (200, "192 or 256")])

@@ -93,6 +93,17 @@ def test_a_damaged_newest_checkpoint_falls_back_one_and_says_why(tmp_path: Path,
     assert "step-000000002" in said[0]
 
 
+def test_retention_never_counts_a_broken_checkpoint_among_the_newest(tmp_path: Path) -> None:
+    for step in (100, 200, 300):
+        ckpt.save(str(tmp_path), state(step))
+    for step in (200, 300):
+        flip_byte(tmp_path / ckpt.folder_name(step))
+    assert ckpt.load_newest(str(tmp_path), lambda text: None).step == 100  # type: ignore[union-attr]
+    ckpt.save(str(tmp_path), state(150))
+    ckpt.prune(str(tmp_path), keep=2)
+    assert ckpt.committed_steps(str(tmp_path)) == [100, 150]
+
+
 def test_no_valid_checkpoint_is_an_error_and_none_at_all_is_a_start(tmp_path: Path) -> None:
     assert ckpt.load_newest(str(tmp_path), pytest.fail) is None
     ckpt.save(str(tmp_path), state(1))
