@@ -34,6 +34,16 @@ def real_rows(count: int, split: str = "train") -> list[ImageRow]:
     raise AssertionError(f"the first shard has only {len(rows)} rows")
 
 
+def all_rows(manifest: Manifest) -> list[dict[str, object]]:
+    """Every row of a data set, in stored order."""
+    pieces, first = [], 0
+    for shard, entry in enumerate(manifest.shards):
+        for group, rows in enumerate(entry.rows_per_group):
+            pieces.append(Piece(shard, group, 0, rows, first))
+            first += rows
+    return read_rows(manifest, pieces, ["image", "label", "uri"]).to_pylist()
+
+
 def make_data_set(folder: Path, rows: list[ImageRow], *, unit_rows: int = 16, shard_rows: int = 100) -> Manifest:
     """Write rows as a packed data set. Shards of 100 rows leave remainders, so shared units occur too."""
     shards = [

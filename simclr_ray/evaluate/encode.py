@@ -138,6 +138,7 @@ def read_labelled(manifest: Manifest, policy: Policy, limits: Limits, *, num_pai
     views: list[Image] = []
     labels: list[npt.NDArray[np.int64]] = []
     pairs: list[Image] = []
+    no_pairs: Image = np.empty((0, 2, policy.size, policy.size, 3), np.uint8)
     rejected = 0
     for images, group_labels, ids, bad in _groups(manifest, limits):
         rejected += bad
@@ -150,7 +151,9 @@ def read_labelled(manifest: Manifest, policy: Policy, limits: Limits, *, num_pai
             pairs.append(two_views(images[:missing], draws, policy))
     if not views:
         raise DataError("no image of the data set decodes", where=manifest.folder)
-    return LabelledSet(np.concatenate(views), torch.from_numpy(np.concatenate(labels)), np.concatenate(pairs), rejected)
+    return LabelledSet(
+        np.concatenate(views), torch.from_numpy(np.concatenate(labels)), np.concatenate(pairs or [no_pairs]), rejected
+    )
 
 
 def _groups(

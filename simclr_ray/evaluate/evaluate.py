@@ -20,7 +20,7 @@ from simclr_ray import storage
 from simclr_ray.config import Config, EvaluateConfig
 from simclr_ray.configure import load_config
 from simclr_ray.data.decode import Limits
-from simclr_ray.data.manifest import Manifest, read_manifest
+from simclr_ray.data.manifest import read_manifest
 from simclr_ray.errors import ConfigError, DataError
 from simclr_ray.evaluate.encode import (
     Image,
@@ -81,7 +81,8 @@ def evaluate(run: str, overrides: Sequence[str] = (), *, pictures: bool = True) 
     config = load_config(stored, overrides)
     console = Console()
     trained = load_encoder(run)
-    train, test, num_classes = _data(config, trained.policy)
+    train, test, class_names = _data(config, trained.policy)
+    num_classes = int(max(train.labels.max(), test.labels.max())) + 1
     console.say(
         f"evaluate: step {trained.step}; {len(train.labels):,} labelled training images, {len(test.labels):,} test "
         f"images, {num_classes} classes; probes use {config.evaluate.num_labels or 'all'} labels"
@@ -94,29 +95,23 @@ def evaluate(run: str, overrides: Sequence[str] = (), *, pictures: bool = True) 
     _write(result, config)
     console.block("\n" + to_text(rows) + "\n")
     if pictures:
-        for path in _draw(folder, trained, train, test, rows, _class_names(config)):
+        for path in _draw(folder, trained, train, test, rows, class_names):
             console.say(f"picture: {path}")
     return result
 
 
-def _data(config: Config, policy: Policy) -> tuple[LabelledSet, LabelledSet, int]:
+def _data(config: Config, policy: Policy) -> tuple[LabelledSet, LabelledSet, tuple[str, ...]]:
+    """Training set, test set (with view pairs, which only it needs), and the names of the test set's classes."""
     train_uri = config.evaluate.train or config.data.train
     if config.evaluate.test is None or train_uri is None:
         raise ConfigError("no test set is named", where="evaluate.test", fix="add --set evaluate.test=FOLDER")
     limits = Limits(max_pixels=config.data.max_pixels, min_side=config.data.min_side)
-    sets = []
-    manifests = [read_manifest(uri) for uri in (train_uri, config.evaluate.test)]
-    for manifest in manifests:
-        sets.append(read_labelled(manifest, policy, limits, num_pairs=NUM_PAIRS, seed=config.run.seed))
-    train, test = sets
+    train_manifest, test_manifest = read_manifest(train_uri), read_manifest(config.evaluate.test)
+    train = read_labelled(train_manifest, policy, limits, num_pairs=0, seed=config.run.seed)
+    test = read_labelled(test_manifest, policy, limits, num_pairs=NUM_PAIRS, seed=config.run.seed)
     if len(test.labels) < 2:
-        raise DataError("the measures need pairs of test images", where=manifests[1].folder, got=f"{len(test.labels)}")
-    return train, test, int(max(train.labels.max(), test.labels.max())) + 1
-
-
-def _class_names(config: Config) -> tuple[str, ...]:
-    manifest: Manifest = read_manifest(str(config.evaluate.test))
-    return manifest.classes
+        raise DataError("the measures need pairs of test images", where=test_manifest.folder, got=f"{len(test.labels)}")
+    return train, test, test_manifest.classes
 
 
 def _representations(config: Config, trained: TrainedEncoder, train: LabelledSet) -> list[tuple[str, Represent]]:

@@ -13,13 +13,12 @@ import pytest
 from PIL import Image
 
 from simclr_ray import storage
-from simclr_ray.data.manifest import MANIFEST_NAME, Manifest, read_manifest
+from simclr_ray.data.manifest import MANIFEST_NAME, read_manifest
 from simclr_ray.data.pack import REJECTED_NAME, Labels, PackReport, list_images, pack
-from simclr_ray.data.plan import Piece, Plan, UnitTable
-from simclr_ray.data.read import read_rows
+from simclr_ray.data.plan import Plan, UnitTable
 from simclr_ray.data.stream import read_unit
 from simclr_ray.errors import ConfigError, DataError, StorageError
-from tests.conftest import real_rows
+from tests.conftest import all_rows, real_rows
 
 pytestmark = pytest.mark.integration
 
@@ -62,15 +61,6 @@ def packed(local_ray: None, photos: Path, tmp_path_factory: pytest.TempPathFacto
 
 def good_files(photos: Path) -> list[Path]:
     return sorted(path for path in photos.rglob("*") if path.is_file() and path.name not in {*BROKEN, "notes.txt"})
-
-
-def all_rows(manifest: Manifest) -> list[dict[str, object]]:
-    pieces, first = [], 0
-    for shard, entry in enumerate(manifest.shards):
-        for group, rows in enumerate(entry.rows_per_group):
-            pieces.append(Piece(shard, group, 0, rows, first))
-            first += rows
-    return read_rows(manifest, pieces, ["image", "label", "uri"]).to_pylist()
 
 
 def test_every_image_is_stored_once_with_its_bytes_and_label(photos: Path, packed: PackReport) -> None:

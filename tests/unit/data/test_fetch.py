@@ -16,21 +16,10 @@ from simclr_ray import storage
 from simclr_ray.data.decode import Limits, Rejected, decode
 from simclr_ray.data.fetch import DATA_SETS, FASHION_CLASSES, fetch_data
 from simclr_ray.data.manifest import Manifest, read_manifest
-from simclr_ray.data.plan import Piece
-from simclr_ray.data.read import read_rows
 from simclr_ray.errors import ConfigError, DataError
-from tests.conftest import FASHION
+from tests.conftest import FASHION, all_rows
 
 CATEGORIES = ("Animals", "Flags", "Smileys")
-
-
-def all_rows(manifest: Manifest) -> list[dict[str, object]]:
-    pieces, first = [], 0
-    for shard, entry in enumerate(manifest.shards):
-        for group, rows in enumerate(entry.rows_per_group):
-            pieces.append(Piece(shard, group, 0, rows, first))
-            first += rows
-    return read_rows(manifest, pieces, ["image", "label", "uri"]).to_pylist()
 
 
 def write_idx(folder: Path, split: str, images: np.ndarray, labels: np.ndarray) -> None:
