@@ -1,23 +1,25 @@
-"""What ranks tell each other, as functions that autograd can walk through.
+"""What ranks tell each other.
 
 Every collective here works without a process group too, as the world of one rank, so that the code above has no
-second path. The gradient convention is the one of distributed data parallel: the quantity being differentiated is
-the *sum of all ranks' losses*, and each rank ends up with the derivative of that sum with respect to its own inputs.
-
-`torch.distributed.nn` is not used: its gather is deprecated since torch 2.13 and does not compile. The widely copied
-gather whose backward only hands back the rank's own slice is wrong: it drops what the other ranks' losses say about
-this rank's rows.
+second path. Only `all_reduce_sum` is walked through by autograd (batch norm needs it); its gradient convention is the
+one of distributed data parallel: the quantity being differentiated is the *sum of all ranks' losses*. The loss needs
+no differentiable gather, because it brings its own gradient: see `learn.nt_xent`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+
+# torch 2.14 renamed these and warns about the old names, which are the only ones before.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def world_size(group: ProcessGroup | None = None) -> int:
@@ -30,22 +32,125 @@ def rank(group: ProcessGroup | None = None) -> int:
     return dist.get_rank(group) if _is_initialized() else 0
 
 
-def all_gather_rows(x: Tensor, group: ProcessGroup | None = None) -> tuple[Tensor, list[int]]:
-    """Stack the rows of all ranks in rank order; ranks may hold different numbers of rows, also none.
+def group_name(group: ProcessGroup | None) -> str:
+    """A text that stands for `group` where only plain values may pass; "" for all ranks."""
+    return "" if group is None else str(group.group_name)
 
-    The gradient of a row is the sum over ranks of what they computed for their copy of it.
+
+def group_of(name: str) -> ProcessGroup | None:
+    """The inverse of `group_name`."""
+    # What functional collectives do; torch has no public way back from a name.
+    return dist.distributed_c10d._resolve_process_group(name) if name else None
+
+
+def all_gather_equal(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """Stack `x` of all ranks, (W, ...); shape and dtype are the same on every rank."""
+    ranks = world_size(group)
+    if ranks == 1:
+        return x.unsqueeze(0)
+    stacked = x.new_empty((ranks, *x.shape))
+    _all_gather_single(stacked.view(-1), x.reshape(-1), group=group)
+    return stacked
+
+
+def all_gather_rows(
+    x: Tensor, counts: Sequence[int], group: ProcessGroup | None = None, *, out: Tensor | None = None
+) -> Tensor:
+    """Stack the rows of all ranks in rank order.
 
     Args:
-        x: This rank's rows, (m, ...). All other dimensions, the dtype and the device kind are the same on every rank.
+        x: This rank's rows, (m, ...). All other dimensions and the dtype are the same on every rank.
+        counts: Rows of every rank, in rank order; the same on every rank. Zero is allowed.
         group: Ranks that take part; None = all.
+        out: Contiguous (sum of counts, ...) to write to, where the caller has one.
 
     Returns:
-        The rows of all ranks, (M, ...), and the number of rows of each rank, in rank order.
+        (sum of counts, ...).
     """
-    if world_size(group) == 1:
-        return x, [len(x)]
-    counts = _gather_counts(len(x), x.device, group)
-    return cast(Tensor, _AllGatherRows.apply(x, counts, group)), counts
+    if out is None:
+        out = x.new_empty((sum(counts), *x.shape[1:]))
+    longest = max(counts)
+    if len(counts) == 1:
+        out.copy_(x)
+    elif min(counts) == longest:
+        _all_gather_single(out.view(-1), x.reshape(-1), group=group)
+    else:  # collectives want equal shapes: pad to the longest share, cut the padding away after
+        padded = x.new_zeros((longest, *x.shape[1:]))
+        padded[: len(x)] = x
+        blocks = all_gather_equal(padded, group)
+        torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)], out=out)
+    return out
+
+
+def reduce_scatter_rows(x: Tensor, counts: Sequence[int], group: ProcessGroup | None = None) -> Tensor:
+    """Sum `x` (M, ...) over the ranks and keep this rank's rows, (counts[rank], ...); `x` is used up."""
+    if len(counts) == 1:
+        return x
+    own = rank(group)
+    start = sum(counts[:own])
+    if dist.get_backend(group) == "nccl" and len(set(counts)) == 1:
+        rows = x.new_empty((counts[own], *x.shape[1:]))
+        _reduce_scatter_single(rows.view(-1), x.reshape(-1), group=group)
+        return rows
+    # gloo has no reduce-scatter in the oldest torch we accept, and nccl's wants equal shares: sum all, keep ours.
+    dist.all_reduce(x, group=group)
+    return x[start : start + counts[own]].clone()
+
+
+def all_reduce_max_(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """Elementwise maximum over the ranks, in place."""
+    if world_size(group) > 1:
+        dist.all_reduce(x, dist.ReduceOp.MAX, group=group)
+    return x
+
+
+def ring(block: Tensor, counts: Sequence[int], group: ProcessGroup | None = None) -> Iterator[tuple[int, Tensor]]:
+    """The blocks of all other ranks, one after the other, each from the rank before; never more than three held.
+
+    The next block travels while the caller works on the one it got. A block is valid until the next is asked for.
+    Every rank must exhaust the iterator.
+
+    Args:
+        block: This rank's, with `counts[rank]` rows on dimension 0; all other dimensions are equal on all ranks.
+        counts: Rows of every rank's block. Zero is allowed.
+        group: Ranks that take part; None = all.
+
+    Yields:
+        The rank that a block belongs to, and the block.
+    """
+    ranks, own = len(counts), rank(group)
+    if ranks == 1:
+        return
+    longest = max(counts)
+    buffers = [block.new_empty((longest, *block.shape[1:])) for _ in range(min(2, ranks - 1))]
+    current, wait = block, _pass_on(block, buffers[0][: counts[own - 1]], group)
+    for step in range(1, ranks):
+        wait()
+        owner = (own - step) % ranks
+        current = buffers[(step - 1) % 2][: counts[owner]]
+        if step < ranks - 1:
+            wait = _pass_on(current, buffers[step % 2][: counts[owner - 1]], group)
+        yield owner, current
+
+
+def _pass_on(send: Tensor, receive: Tensor, group: ProcessGroup | None) -> Callable[[], None]:
+    """Start sending to the next rank and receiving from the one before; call the result to wait for both."""
+    ranks, own = world_size(group), rank(group)
+    peers = [(own + 1) % ranks, (own - 1) % ranks]
+    if group is not None:
+        peers = [dist.get_global_rank(group, peer) for peer in peers]
+    transfers = [
+        dist.P2POp(kind, tensor, peer, group=group)
+        for kind, tensor, peer in ((dist.isend, send, peers[0]), (dist.irecv, receive, peers[1]))
+        if tensor.numel()
+    ]
+    works = dist.batch_isend_irecv(transfers) if transfers else []
+
+    def wait() -> None:
+        for work in works:
+            work.wait()
+
+    return wait
 
 
 def all_reduce_sum(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
@@ -70,24 +175,6 @@ def agree_any(flag: bool, group: ProcessGroup | None, device: torch.device) -> b
     return bool(raised.item())
 
 
-class _AllGatherRows(torch.autograd.Function):
-    """Backward is a reduce-scatter (sum) of the gradient of the stacked rows."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, counts: Sequence[int], group: ProcessGroup | None) -> Tensor:
-        ctx.counts, ctx.group = counts, group
-        # Collectives want equal shapes: pad to the longest share, cut the padding away after.
-        mine = x.new_zeros((max(counts), *x.shape[1:]))
-        mine[: len(x)] = x
-        blocks = [torch.empty_like(mine) for _ in counts]
-        dist.all_gather(blocks, mine, group=group)
-        return torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _reduce_scatter_rows(grads[0], ctx.counts, ctx.group), None, None
-
-
 class _AllReduceSum(torch.autograd.Function):
     """A sum is its own adjoint: every rank's loss depends on every rank's term."""
 
@@ -99,25 +186,6 @@ class _AllReduceSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return _all_reduced_copy(grads[0], ctx.group), None
-
-
-def _reduce_scatter_rows(grad: Tensor, counts: Sequence[int], group: ProcessGroup | None) -> Tensor:
-    """Sum `grad` (M, ...) over the ranks and keep this rank's rows, (m, ...)."""
-    own = rank(group)
-    if dist.get_backend(group) == "nccl" and len(set(counts)) == 1:
-        rows = grad.new_empty((counts[own], *grad.shape[1:]))
-        dist.reduce_scatter_tensor(rows, grad.contiguous(), group=group)
-        return rows
-    # gloo has no reduce-scatter in the oldest torch we accept, and nccl's wants equal shares: sum all, keep ours.
-    start = sum(counts[:own])
-    return _all_reduced_copy(grad, group)[start : start + counts[own]]
-
-
-def _gather_counts(count: int, device: torch.device, group: ProcessGroup | None) -> list[int]:
-    mine = torch.tensor([count], device=device)
-    counts = [torch.empty_like(mine) for _ in range(world_size(group))]
-    dist.all_gather(counts, mine, group=group)
-    return cast(list[int], torch.cat(counts).tolist())
 
 
 def _all_reduced_copy(x: Tensor, group: ProcessGroup | None) -> Tensor:
