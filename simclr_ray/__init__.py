@@ -1,7 +1,8 @@
 """SimCLR on Ray: self-supervised image encoders from a bucket of unlabeled images.
 
 The verbs of the command line are functions here, with the same names: `pretrain`, `evaluate`, `pack`, `fetch_data`,
-and `load_encoder` for what a run learned. They are imported on first use, so that importing the package stays cheap.
+and `load_encoder` for what a run learned. `nt_xent` is the loss alone, for any torch program. They are imported on
+first use, so that importing the package stays cheap and the loss needs no Ray.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from simclr_ray.version import __version__
 if TYPE_CHECKING:
     from simclr_ray.api import RunResult, evaluate, fetch_data, load_encoder, pack, pretrain
     from simclr_ray.configure import load_config
+    from simclr_ray.learn.nt_xent import nt_xent
 
 _HOMES = {
     "pretrain": "simclr_ray.api",
@@ -23,6 +25,7 @@ _HOMES = {
     "fetch_data": "simclr_ray.api",
     "RunResult": "simclr_ray.api",
     "load_config": "simclr_ray.configure",
+    "nt_xent": "simclr_ray.learn.nt_xent",
 }
 
 __all__ = [
@@ -32,6 +35,7 @@ __all__ = [
     "fetch_data",
     "load_config",
     "load_encoder",
+    "nt_xent",
     "pack",
     "pretrain",
 ]

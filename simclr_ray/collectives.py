@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-
 # torch 2.14 renamed these and warns about the old names, which are the only ones before.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -40,7 +39,7 @@ def group_name(group: ProcessGroup | None) -> str:
 def group_of(name: str) -> ProcessGroup | None:
     """The inverse of `group_name`."""
     # What functional collectives do; torch has no public way back from a name.
-    return dist.distributed_c10d._resolve_process_group(name) if name else None
+    return cast(ProcessGroup, cast(Any, dist.distributed_c10d)._resolve_process_group(name)) if name else None
 
 
 def all_gather_equal(x: Tensor, group: ProcessGroup | None = None) -> Tensor:

@@ -96,9 +96,11 @@ class ModelConfig(Section):
     """Width of the projector's hidden layers; null takes the encoder's."""
     projection_dim: Count = 128
     """Dimension of a projection z."""
-    batch_norm: Literal["global", "local"] = "global"
-    """`global`: statistics over all ranks and both views, as SimCLR has it. `local`: each rank alone; the loss
-    curve then depends on the number of workers."""
+    batch_norm: Literal["global", "local", "frozen"] = "global"
+    """`global`: statistics over all ranks and both views, as SimCLR has it (with `train.micro_batch`, over one
+    micro-batch). `local`: each rank alone; the loss curve then depends on the number of workers. `frozen`: taken
+    from the first global batch under the initial weights (mean over its micro-batches) and kept for good; images no
+    longer meet in batch norm, so a step's gradient does not depend on the micro-batches."""
 
 
 class LossConfig(Section):
@@ -106,6 +108,13 @@ class LossConfig(Section):
 
     temperature: Annotated[float, Gt(0), Le(10)] = 0.1
     """Divides cosine similarities; smaller pushes hard negatives apart more strongly."""
+    flavour: Literal["standard", "paper"] = "standard"
+    """`standard`: the mean over anchors, Algorithm 1. `paper`: twice that, as Google's code has it; matters where the
+    gradient's size does (batch norm and biases under LARS, weight decay, clipping)."""
+    exchange: Literal["auto", "gather", "half", "ring"] = "auto"
+    """How ranks share projections; the loss is the same. `gather`: every rank holds all. `half`: each pair of ranks
+    computed once, for both; fewer FLOPs, twice the traffic. `ring`: they go round, no rank ever holds all. `auto`: ring
+    above 4 GiB of projections, half on CPUs from 8192 projections, else gather."""
 
 
 class OptimConfig(Section):
@@ -138,6 +147,10 @@ class TrainConfig(Section):
     """Passes over the data set. Give `epochs` or `steps`, not both."""
     steps: Count | None = None
     """Optimizer steps."""
+    micro_batch: Count | None = None
+    """Images that go through the encoder at a time, over all ranks; null: the whole global batch at once. For batches
+    whose activations do not fit: the loss is still over the whole batch, at the cost of one more forward pass. Divides
+    `global_batch`. Batch norm takes its statistics from one micro-batch, see `model.batch_norm`."""
     precision: Literal["fp32", "bf16"] | None = None
     """Of the encoder and projector; null: bf16 on GPUs, fp32 on CPUs. The loss is computed in fp32 always."""
     channels_last: bool = True

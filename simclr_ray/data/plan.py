@@ -164,6 +164,28 @@ def units_per_step(global_batch: int, unit_rows: int) -> int:
     return units
 
 
+def units_per_micro_batch(micro_batch: int | None, per_step: int, unit_rows: int) -> int:
+    """Units that go through the encoder together, over all ranks: all U of a step, or those of `micro_batch` images.
+
+    Raises:
+        ConfigError: when the step does not fall into equal micro-batches of whole units.
+    """
+    if micro_batch is None:
+        return per_step
+    units, left = divmod(micro_batch, unit_rows)
+    if left or not units or per_step % units:
+        valid = [u * unit_rows for u in range(1, per_step + 1) if per_step % u == 0]
+        near = sorted(sorted(valid, key=lambda images: abs(images - micro_batch))[:2])
+        raise ConfigError(
+            f"the global batch of {per_step * unit_rows} images does not fall into micro-batches of this size, "
+            f"each of whole units of {unit_rows}",
+            where="train.micro_batch",
+            got=micro_batch,
+            fix=f"use {' or '.join(map(str, near))}",
+        )
+    return units
+
+
 @dataclass(frozen=True)
 class Segment:
     """One execution of the stream: units [start, stop) carry steps, those around them only even out the split."""

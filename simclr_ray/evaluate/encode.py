@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from simclr_ray.config import Config
 from simclr_ray.data.decode import Limits, Rejected, decode
@@ -16,6 +16,7 @@ from simclr_ray.data.manifest import Manifest
 from simclr_ray.data.plan import Piece
 from simclr_ray.data.read import read_rows
 from simclr_ray.errors import DataError, StorageError
+from simclr_ray.model.batch_norm import calibrating
 from simclr_ray.model.simclr import SimCLR
 from simclr_ray.train import checkpoint as ckpt
 from simclr_ray.train.build import build_model
@@ -101,11 +102,7 @@ def random_encoder(config: Config, views: Image, policy: Policy) -> SimCLR:
     scale; a few hundred images set them right without teaching anything.
     """
     model = build_model(config)
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for norm in norms:
-        norm.momentum = None  # torch: cumulative average
-    model.train()
-    with torch.no_grad():
+    with calibrating(model):
         for rows in _batches(len(views[: 8 * ROWS_AT_ONCE])):
             if rows.stop - rows.start > 1:  # a rest of one image has no variance
                 model(normalise(torch.from_numpy(views[rows]), policy))

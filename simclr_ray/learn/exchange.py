@@ -61,7 +61,8 @@ class Exchange(Protocol):
 
 def make_exchange(name: ExchangeName, unit: Tensor, counts: Sequence[int], group: ProcessGroup | None) -> Exchange:
     """Open an exchange of `unit`, this rank's (2, n, D); `counts` are the images of every rank."""
-    return {"gather": Gather, "half": Half, "ring": Ring}[name](unit, counts, group)
+    ways: dict[ExchangeName, type[Gather] | type[Ring]] = {"gather": Gather, "half": Half, "ring": Ring}
+    return ways[name](unit, counts, group)
 
 
 class Gather:

@@ -169,7 +169,8 @@ def distributed_nt_xent(
         z, temperature, group_name(group), None if images is None else list(images), exchange, tile or 0,
         2.0 if flavour == "paper" else 1.0, wants_gradient,
     )  # fmt: skip
-    return NTXent(loss, *statistics.unbind(), nonfinite)
+    accuracy, entropy, positive, negative = statistics.unbind()
+    return NTXent(loss, accuracy, entropy, positive, negative, nonfinite)
 
 
 def refuse_nonfinite(result: NTXent) -> None:
@@ -178,14 +179,19 @@ def refuse_nonfinite(result: NTXent) -> None:
     Raises:
         NumericsError: Naming the ranks and how many of their projections are not finite; on every rank alike.
     """
-    counts = result.nonfinite_rows.tolist()
-    if any(counts):
+    found = describe_nonfinite(result.nonfinite_rows)
+    if found:
         raise NumericsError(
-            "projections are not finite",
+            "cannot compare projections that are not finite",
             where="NT-Xent",
-            got=", ".join(f"{int(count)} rows on rank {r}" for r, count in enumerate(counts) if count),
+            got=", ".join(found),
             fix="lower the learning rate, or look at the images of these rows",
         )
+
+
+def describe_nonfinite(rows: Tensor) -> list[str]:
+    """Ranks that hold projections which are not finite, in words; `rows` is `NTXent.nonfinite_rows`."""
+    return [f"{int(count)} non-finite projections on rank {r}" for r, count in enumerate(rows.tolist()) if count]
 
 
 # A custom op: opaque to torch.compile, so that a compiled training step calls it without a graph break, and one
@@ -320,7 +326,7 @@ def _global_numbers(
         facts.hits.sum(),
         facts.entropy.sum(),
         2 * facts.positive.sum(),
-        sum(_row_dots(view, view).sum(dtype=torch.float64) for view in unit),
+        (_row_dots(unit[0], unit[0]) + _row_dots(unit[1], unit[1])).sum(dtype=torch.float64),
         (~torch.isfinite(norm)).sum(dtype=torch.float64),
     ]
     mine = torch.cat([torch.stack(scalars), unit.sum(dim=(0, 1)).double()])
@@ -345,7 +351,7 @@ def _finish_gradient(gradient: Tensor, unit: Tensor, inverse_norm: Tensor, pull:
 
 def _normalize(z: Tensor) -> tuple[Tensor, Tensor]:
     """Unit rows by view, (2, n, D), in float32 or wider, and |z|, (2, n, 1). NaN stays NaN, infinity becomes NaN."""
-    z = z.detach().to(_compute_dtype(z)).unflatten(0, (2, len(z) // 2))
+    z = z.detach().to(_compute_dtype(z)).view(2, len(z) // 2, z.shape[1])
     norm = torch.linalg.vector_norm(z, dim=2, keepdim=True)
     return (z * _inverse(norm)).contiguous(), norm
 

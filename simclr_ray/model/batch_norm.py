@@ -10,6 +10,8 @@ also when ranks hold different numbers of rows.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -52,8 +54,11 @@ class GlobalBatchNorm(_BatchNorm):
     @torch.no_grad()
     def _update_running_statistics(self, moments: _Moments) -> None:
         """As torch: the unbiased variance, and the plain average of all steps when momentum is None."""
-        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+        if not self.track_running_stats:  # also for a while, see `unrecorded`
             return
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         unbiased = moments.variance * (moments.num_values / (moments.num_values - 1))
@@ -89,6 +94,45 @@ def _as_global(norm: _BatchNorm) -> GlobalBatchNorm:
     twin.running_mean, twin.running_var = norm.running_mean, norm.running_var
     twin.num_batches_tracked = norm.num_batches_tracked
     return twin.train(norm.training)
+
+
+@contextlib.contextmanager
+def unrecorded(module: nn.Module) -> Iterator[None]:
+    """Within, batch norms in training mode take the batch's statistics as ever, but leave the running ones alone."""
+    norms = [norm for norm in batch_norms(module) if norm.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+@contextlib.contextmanager
+def calibrating(module: nn.Module) -> Iterator[None]:
+    """Within, running statistics become the plain average over the batches that pass in training mode.
+
+    They start at mean 0 and variance 1, which say nothing of the images. Batch norms are left in evaluation mode.
+    """
+    norms = batch_norms(module)
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # torch: cumulative average
+        norm.train()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            norm.eval()
+
+
+def batch_norms(module: nn.Module) -> list[_BatchNorm]:
+    """Every batch norm in `module`, of whatever kind."""
+    return [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
 
 
 class _Moments(NamedTuple):

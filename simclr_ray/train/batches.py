@@ -29,6 +29,10 @@ class StepBatch:
     """(n, 2, S, S, 3) uint8; n may differ by one unit between ranks and steps."""
     sample_ids: np.ndarray
     """(n,) int64."""
+    micro_batches: tuple[int, ...]
+    """Images of each micro-batch, in the order of `views`; they add up to n."""
+    images_by_rank: tuple[int, ...]
+    """Images that each rank has in this step."""
     rejected: tuple[tuple[int, int], ...]
     """(sample id, reason code) of the images that could not be used."""
     wait_s: float
@@ -42,10 +46,27 @@ class Shares:
     rank: int
     world_size: int
     units_per_step: int
+    units_per_micro_batch: int
     unit_rows: int
     max_units: int
     """Units of one execution of the stream."""
     prefetch_units: int
+
+    def micro_batches(self, step: int) -> tuple[int, ...]:
+        """Images of this rank in each micro-batch of a step: runs of the step's units, so the order is the step's."""
+        count = self.units_per_step // self.units_per_micro_batch
+        return tuple(
+            self.unit_rows
+            * len(share(piece, self.rank, per_step=self.units_per_micro_batch, world_size=self.world_size))
+            for piece in range(step * count, (step + 1) * count)
+        )
+
+    def images_by_rank(self, step: int) -> tuple[int, ...]:
+        """Images of every rank in a step."""
+        return tuple(
+            self.unit_rows * len(share(step, rank, per_step=self.units_per_step, world_size=self.world_size))
+            for rank in range(self.world_size)
+        )
 
 
 def step_batches(
@@ -81,12 +102,12 @@ def step_batches(
             next(units)  # the padding before the first step is less than one unit a rank
         for step in range(segment.start // per_step, segment.stop // per_step):
             mine = share(step, shares.rank, per_step=per_step, world_size=shares.world_size)
-            yield _collect(step, mine, units)
+            yield _collect(step, mine, units, shares)
         for _ in units:  # the padding; running the split to its end lets all ranks start the next one together
             pass
 
 
-def _collect(step: int, mine: range, units: Iterator[Mapping[str, np.ndarray]]) -> StepBatch:
+def _collect(step: int, mine: range, units: Iterator[Mapping[str, np.ndarray]], shares: Shares) -> StepBatch:
     started = time.monotonic()
     parts = []
     for expected in mine:
@@ -104,6 +125,8 @@ def _collect(step: int, mine: range, units: Iterator[Mapping[str, np.ndarray]]) 
         step,
         torch.from_numpy(np.concatenate([part["views"] for part in parts])),
         np.concatenate([part["sample_id"] for part in parts]),
+        shares.micro_batches(step),
+        shares.images_by_rank(step),
         tuple((int(rejected[i]), int(reason[i])) for i in np.flatnonzero(rejected >= 0)),
         wait_s,
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 from simclr_ray.config import Config, ViewsConfig
 from simclr_ray.data.manifest import Manifest
-from simclr_ray.data.plan import UnitTable, share, units_per_step
+from simclr_ray.data.plan import UnitTable, share, units_per_micro_batch, units_per_step
 from simclr_ray.errors import ConfigError
 from simclr_ray.learn.optim import peak_learning_rate
 from simclr_ray.views.policy import Policy, preset
@@ -29,7 +29,9 @@ class Derived:
     rows_left_out: int
     """Images that fill no unit and are never seen; fewer than R."""
     units_per_step: int
-    """U = B / R; also the largest number of workers."""
+    """U = B / R."""
+    units_per_micro_batch: int
+    """Units that go through the encoder together; also the largest number of workers."""
     steps_per_epoch: float
     total_steps: int
     warmup_steps: int
@@ -55,6 +57,7 @@ def derive(config: Config, manifest: Manifest) -> Derived:
     global_batch = config.train.global_batch
     table = UnitTable(manifest)
     per_step = units_per_step(global_batch, manifest.unit_rows)
+    per_micro_batch = units_per_micro_batch(config.train.micro_batch, per_step, manifest.unit_rows)
     usable = table.num_units * manifest.unit_rows
     if table.num_units < per_step:
         largest = table.num_units * manifest.unit_rows
@@ -87,6 +90,7 @@ def derive(config: Config, manifest: Manifest) -> Derived:
         units_per_epoch=table.num_units,
         rows_left_out=table.rows_left_out,
         units_per_step=per_step,
+        units_per_micro_batch=per_micro_batch,
         steps_per_epoch=steps_per_epoch,
         total_steps=total,
         warmup_steps=warmup,
@@ -109,18 +113,22 @@ def policy_of(views: ViewsConfig) -> Policy:
 
 
 def check_world_size(world_size: int, derived: Derived) -> None:
-    """Every rank needs a unit in every step.
+    """Every rank needs a unit in every step, and in every micro-batch of it.
 
     Raises:
-        ConfigError: more workers than units in a step.
+        ConfigError: more workers than units in a step or micro-batch.
     """
-    if world_size > derived.units_per_step:
+    units = derived.units_per_micro_batch
+    if world_size > units:
+        whole = units == derived.units_per_step
         raise ConfigError(
-            f"a step has {derived.units_per_step} units of {derived.unit_rows} images, so some workers would get none",
+            f"a {'step' if whole else 'micro-batch'} has {units} units of {derived.unit_rows} images, "
+            "so some workers would get none",
             where="cluster.workers",
             got=world_size,
-            expected=f"1 to {derived.units_per_step}",
-            fix=f"use fewer workers, or train.global_batch={world_size * derived.unit_rows} or more",
+            expected=f"1 to {units}",
+            fix=f"use fewer workers, or train.{'global' if whole else 'micro'}_batch={world_size * derived.unit_rows} "
+            "or more",
         )
 
 
@@ -136,6 +144,9 @@ def sentences(config: Config, derived: Derived) -> list[str]:
     """The derived numbers, for people; with these lines anyone can rebuild them."""
     d, t, o = derived, config.train, config.optim
     left = f", {d.rows_left_out} left out" if d.rows_left_out else ""
+    pieces = d.units_per_step // d.units_per_micro_batch
+    size = t.global_batch // pieces
+    micro = [f"micro-batches: {pieces} of {size} images a step; the loss is over all of them"] if pieces > 1 else []
     rule = {
         "linear": f"{o.base_learning_rate:g} * {t.global_batch} / 256",
         "sqrt": f"{o.base_learning_rate:g} * sqrt({t.global_batch})",
@@ -145,6 +156,7 @@ def sentences(config: Config, derived: Derived) -> list[str]:
         f"data: {d.samples:,} images = {d.units_per_epoch:,} units of {d.unit_rows}{left}",
         f"batch: {t.global_batch} images = {d.units_per_step} units a step; "
         f"{d.negatives_per_anchor} negatives for each of {2 * t.global_batch} anchors",
+        *micro,
         f"steps: {d.total_steps} = {d.epoch_at(d.total_steps):.2f} epochs of {d.steps_per_epoch:.1f} steps; "
         f"warm-up {d.warmup_steps}",
         f"learning rate: peak {d.peak_learning_rate:g} ({o.name}, {rule}), then {o.schedule}",

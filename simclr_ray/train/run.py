@@ -43,6 +43,7 @@ FREE = (
     "data.units_per_segment",
     "data.steps_ahead",
     "data.prefetch_units",
+    "loss.exchange",
     "train.channels_last",
     "train.compile",
     "train.log_every",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from simclr_ray.errors import NumericsError
-from simclr_ray.learn.nt_xent import distributed_nt_xent
+from simclr_ray.learn.micro_batch import backward_in_micro_batches
+from simclr_ray.learn.nt_xent import NTXent, describe_nonfinite
 from simclr_ray.learn.optim import gradient_norm, set_learning_rate
 
 #: Order of the numbers that a step reports, all global means; names of `observe.metrics`.
@@ -24,76 +25,76 @@ STEP_METRICS = (
 )
 
 
+class StepNumbers(NamedTuple):
+    """What a step says of itself, on its device, the same on all ranks."""
+
+    values: Tensor
+    """(6,) float32, in the order of `STEP_METRICS`."""
+    nonfinite_rows: Tensor
+    """(W,) projections of each rank that are not finite."""
+
+
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    images: Tensor,
+    micro_batches: Sequence[Tensor],
     *,
-    temperature: float,
+    encode: Callable[[Tensor], Tensor],
+    loss_of: Callable[[Tensor], NTXent],
     learning_rate: float,
     clip_gradient_norm: float | None,
-    autocast: Callable[[], AbstractContextManager[object]],
     check_finite: bool,
-) -> Tensor:
+) -> StepNumbers:
     """Do one step and return its numbers.
 
     Args:
-        model: SimCLR under DistributedDataParallel; maps (2n, 3, S, S) to projections (2n, D).
+        model: SimCLR under DistributedDataParallel.
         optimizer: Over the model's parameters.
-        images: This rank's (2n, 3, S, S), ordered [views a; views b].
-        temperature: Of NT-Xent.
+        micro_batches: This rank's views, each (n_k, 2, S, S, 3), as `encode` takes them; usually one.
+        encode: Views to projections (2 n_k, D), ordered [views a; views b], through `model`.
+        loss_of: NT-Xent of the projections (2n, D) of all micro-batches.
         learning_rate: Of this step.
         clip_gradient_norm: Largest gradient norm, or None.
-        autocast: Makes the context for encoder and projector.
         check_finite: Look at the numbers before the weights change. Costs a host sync, which only GPUs feel.
-
-    Returns:
-        (6,) float32 on the device, in the order of `STEP_METRICS`.
 
     Raises:
         NumericsError: a number is not finite; on every rank alike, for all the numbers are global.
     """
     set_learning_rate(optimizer, learning_rate)
     optimizer.zero_grad(set_to_none=True)
-    with autocast():
-        projections = model(images)  # (2n, D)
-    result = distributed_nt_xent(projections, temperature)
-    result.loss.backward()  # type: ignore[no-untyped-call]
+    result = backward_in_micro_batches(model, micro_batches, encode=encode, loss_of=loss_of)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = gradient_norm(parameters)
     if clip_gradient_norm is not None:
         _clip(parameters, norm, clip_gradient_norm)
-    numbers = torch.stack(
-        [
-            value.float()
-            for value in (
-                result.global_loss,
-                result.accuracy,
-                result.entropy,
-                result.positive_similarity,
-                result.negative_similarity,
-                norm,
-            )
-        ]
+    means = (
+        result.loss.detach(),
+        result.accuracy,
+        result.entropy,
+        result.positive_similarity,
+        result.negative_similarity,
+        norm,
     )
+    numbers = StepNumbers(torch.stack([value.float() for value in means]), result.nonfinite_rows)
     if check_finite:
         refuse_non_finite(numbers)
     optimizer.step()
     return numbers
 
 
-def refuse_non_finite(numbers: Tensor) -> None:
+def refuse_non_finite(numbers: StepNumbers) -> None:
     """Stop before a NaN reaches a checkpoint.
 
     Raises:
-        NumericsError: naming the numbers that are not finite.
+        NumericsError: naming the numbers that are not finite, and the ranks whose projections were not.
     """
-    if bool(torch.isfinite(numbers).all()):
+    if bool(torch.isfinite(numbers.values).all()):
         return
-    values = dict(zip(STEP_METRICS, numbers.tolist(), strict=True))
+    values = zip(STEP_METRICS, numbers.values.tolist(), strict=True)
+    got = [f"{name} = {value}" for name, value in values if not math.isfinite(value)]
     raise NumericsError(
         "training has diverged",
-        got=", ".join(f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)),
+        got=", ".join([*got, *describe_nonfinite(numbers.nonfinite_rows)]),
         fix="lower optim.base_learning_rate or raise loss.temperature; the newest checkpoint is from before",
     )
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from simclr_ray import storage
 from simclr_ray.config import Config
@@ -22,7 +21,7 @@ from simclr_ray.observe.metrics import JsonlSink, Record, Recorder, Sink, Tensor
 from simclr_ray.train.batches import StepBatch
 from simclr_ray.train.derive import Derived
 from simclr_ray.train.run import RunFolder
-from simclr_ray.train.step import STEP_METRICS, refuse_non_finite
+from simclr_ray.train.step import STEP_METRICS, StepNumbers, refuse_non_finite
 
 
 class TooManyRejectedError(DataError):
@@ -48,7 +47,7 @@ class StepLog:
     ) -> None:  # fmt: skip
         self._config, self._derived, self._run, self._desk = config, derived, run, desk
         self._device, self._attempt = device, attempt
-        self._numbers: list[Tensor] = []
+        self._numbers: list[StepNumbers] = []
         self._waits: list[float] = []
         self._rejected: list[tuple[int, int, int]] = []
         self.rejected_total = start.rejected_total
@@ -64,7 +63,7 @@ class StepLog:
         if self._metrics:
             self._metrics.close()
 
-    def take(self, batch: StepBatch, numbers: Tensor) -> None:
+    def take(self, batch: StepBatch, numbers: StepNumbers) -> None:
         """Remember one step."""
         self._numbers.append(numbers)
         self._waits.append(batch.wait_s)
@@ -85,8 +84,9 @@ class StepLog:
 
     def write(self, step: int, learning_rate: float) -> None:
         """Agree on what all ranks saw and write one record. Called on every rank at the same steps."""
-        means = torch.stack(self._numbers).mean(dim=0)
-        refuse_non_finite(means)
+        means = torch.stack([numbers.values for numbers in self._numbers]).mean(dim=0)
+        nonfinite = torch.stack([numbers.nonfinite_rows for numbers in self._numbers]).sum(dim=0)
+        refuse_non_finite(StepNumbers(means, nonfinite))
         waited, rejected = self._agree(sum(self._waits), len(self._rejected))
         now, steps = time.monotonic(), step - self._since_step
         elapsed, samples = max(now - self._since, 1e-9), steps * self._config.train.global_batch

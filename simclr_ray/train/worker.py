@@ -8,10 +8,11 @@ checkpoint is weights, optimizer and a step number.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import ray
 import ray.train
@@ -24,8 +25,9 @@ from torch.nn.parallel import DistributedDataParallel
 from simclr_ray.config import Config
 from simclr_ray.data.plan import Segment
 from simclr_ray.errors import ClusterError, DataError, NumericsError, StorageError, root_cause
+from simclr_ray.learn.nt_xent import NTXent, distributed_nt_xent
 from simclr_ray.learn.optim import learning_rate_at, make_optimizer
-from simclr_ray.model.batch_norm import synchronise_batch_norm
+from simclr_ray.model.batch_norm import batch_norms, calibrating, synchronise_batch_norm
 from simclr_ray.model.simclr import SimCLR
 from simclr_ray.train import checkpoint as ckpt
 from simclr_ray.train.batches import Shares, StepBatch, step_batches
@@ -75,17 +77,26 @@ def _train(order: WorkerOrder) -> None:
     attempt = _next_attempt(order.desk, rank)
     autocast, policy = _autocast(config, device), policy_of(config.views)
     step_log = StepLog(config, derived, order.run, order.desk, rank=rank, device=device, attempt=attempt, start=start)
+
+    def encode(views: Tensor) -> Tensor:
+        with autocast():
+            return cast(Tensor, parallel(_images(views, policy, channels_last=config.train.channels_last)))
+
     with step_log:
         for batch in _batches(order, rank, world_size, first_step=start.step):
+            views = batch.views.to(device, non_blocking=True)  # (n, 2, S, S, 3) uint8: the smallest thing to move
+            micro_batches = torch.split(views, list(batch.micro_batches))
+            if config.model.batch_norm == "frozen" and batch.step == 0:
+                _calibrate(model, encode, micro_batches)
             learning_rate = _learning_rate(order, batch.step)
             numbers = train_step(
                 parallel,
                 optimizer,
-                _images(batch, policy, device, channels_last=config.train.channels_last),
-                temperature=config.loss.temperature,
+                micro_batches,
+                encode=encode,
+                loss_of=_loss(config, batch, first=batch.step == start.step),
                 learning_rate=learning_rate,
                 clip_gradient_norm=config.optim.clip_gradient_norm,
-                autocast=autocast,
                 check_finite=device.type == "cpu",
             )
             done = batch.step + 1
@@ -101,8 +112,9 @@ def _train(order: WorkerOrder) -> None:
 def _batches(order: WorkerOrder, rank: int, world_size: int, *, first_step: int) -> Iterator[StepBatch]:
     data, derived = order.config.data, order.derived
     shares = Shares(
-        rank, world_size, derived.units_per_step, derived.unit_rows, data.units_per_segment, data.prefetch_units
-    )
+        rank, world_size, derived.units_per_step, derived.units_per_micro_batch, derived.unit_rows,
+        data.units_per_segment, data.prefetch_units,
+    )  # fmt: skip
 
     def move_cursor(segment: Segment) -> None:
         if rank == 0:
@@ -113,11 +125,28 @@ def _batches(order: WorkerOrder, rank: int, world_size: int, *, first_step: int)
     )
 
 
-def _images(batch: StepBatch, policy: Policy, device: torch.device, *, channels_last: bool) -> Tensor:
-    """This rank's views as the encoder reads them: (2n, 3, S, S), ordered [views a; views b]."""
-    views = batch.views.to(device, non_blocking=True)  # (n, 2, S, S, 3) uint8: the smallest thing to move
+def _images(views: Tensor, policy: Policy, *, channels_last: bool) -> Tensor:
+    """Views (n, 2, S, S, 3) uint8 as the encoder reads them: (2n, 3, S, S), ordered [views a; views b]."""
     images = normalise(views.transpose(0, 1).flatten(0, 1), policy)
     return images if channels_last else images.contiguous()
+
+
+def _loss(config: Config, batch: StepBatch, *, first: bool) -> Callable[[Tensor], NTXent]:
+    """NT-Xent of a step. In an attempt's first, ranks compare what they hold; later the plan's numbers are trusted."""
+    return functools.partial(
+        distributed_nt_xent,
+        temperature=config.loss.temperature,
+        images=None if first else batch.images_by_rank,
+        flavour=config.loss.flavour,
+        exchange=config.loss.exchange,
+    )
+
+
+def _calibrate(model: SimCLR, encode: Callable[[Tensor], Tensor], micro_batches: Sequence[Tensor]) -> None:
+    """Take the statistics of frozen batch norms from the run's first batch; a resumed run has them already."""
+    with calibrating(model):
+        for views in micro_batches:
+            encode(views)
 
 
 def _learning_rate(order: WorkerOrder, step: int) -> float:
@@ -143,13 +172,16 @@ def _models(config: Config, device: torch.device) -> tuple[SimCLR, nn.Module]:
     from simclr_ray.train.build import build_model  # here, for timm takes seconds and driver and controller need none
 
     model = build_model(config)
-    if config.model.batch_norm == "global":
+    if config.model.batch_norm != "local":  # frozen ones are calibrated on all ranks together
         kind = "cuda" if device.type == "cuda" else "cpu"
         synchronise_batch_norm(model, device_type=kind)  # type: ignore[arg-type]
     model = model.to(device)
     if config.train.channels_last:
         model = model.to(memory_format=torch.channels_last)
     model.train()
+    if config.model.batch_norm == "frozen":
+        for norm in batch_norms(model):
+            norm.eval()
     # Statistics of global batch norm are equal on all ranks by construction; local ones are saved from rank 0.
     parallel: nn.Module = DistributedDataParallel(
         model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False

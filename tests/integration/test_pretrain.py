@@ -137,6 +137,24 @@ def test_a_killed_cluster_is_continued_by_the_same_command(
     assert losses(folder) == losses(undisturbed)
 
 
+def test_micro_batches_and_frozen_batch_norm_do_not_depend_on_the_number_of_workers(
+    local_ray: None, data_set: Manifest, tmp_path: Path
+) -> None:
+    """Two of a step's four units at a time; the first batch calibrates batch norm on all ranks together."""
+    curves = []
+    for workers in (1, 2):
+        changes = {"cluster__workers": workers, "train__micro_batch": 32, "train__steps": 6}
+        config = settings(tmp_path / str(workers), data_set, **changes, model__batch_norm="frozen")
+        pretrain(load_config(config, ["optim.warmup_epochs=0.1"]))
+        curves.append([r.values["train/loss"] for r in read_jsonl(tmp_path / str(workers) / "metrics.jsonl")])
+    assert len(curves[0]) == 6
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+    statistics = load_encoder(str(tmp_path / "2")).model.state_dict()
+    tracked = [int(value) for name, value in statistics.items() if name.endswith("num_batches_tracked")]
+    assert tracked
+    assert set(tracked) == {2}  # the two micro-batches of the first step, and nothing since
+
+
 def test_a_run_of_another_configuration_is_refused_field_by_field(undisturbed: Path, data_set: Manifest) -> None:
     with pytest.raises(ConfigError) as caught:
         pretrain(settings(undisturbed, data_set, run__seed=4, optim__weight_decay=0.5))

@@ -46,7 +46,7 @@ def stream_steps(
     stream = unit_stream(address, cursor, stage, unit_rows=R, units_per_task=3)
     splits = stream.streaming_split(world_size, equal=True)
     tasks = [
-        _consume.remote(split, cursor, Shares(rank, world_size, PER_STEP, R, 20, 2), first, last)
+        _consume.remote(split, cursor, Shares(rank, world_size, PER_STEP, 2, R, 20, 2), first, last)
         for rank, split in enumerate(splits)
     ]
     steps: dict[int, list[Any]] = {}

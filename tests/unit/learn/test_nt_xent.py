@@ -1,15 +1,22 @@
 """Laws of NT-Xent on one process. What ranks add is in test_distributed.py."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from simclr_ray.errors import ConfigError
-from simclr_ray.learn.nt_xent import distributed_nt_xent, nt_xent
+import simclr_ray
+from simclr_ray.errors import ConfigError, NumericsError
+from simclr_ray.learn import nt_xent as production
+from simclr_ray.learn.nt_xent import distributed_nt_xent, refuse_nonfinite
+from simclr_ray.learn.reference import nt_xent
 
 images_and_dim = st.tuples(st.integers(2, 9), st.integers(1, 12))
 temperatures = st.floats(0.05, 5.0)
@@ -53,10 +60,73 @@ def test_reference_is_algorithm_1(shape, temperature, seed):
 def test_one_rank_without_a_group_is_the_reference_in_value_and_gradient(shape, temperature, seed):
     z = projections(*shape, seed)
     reference, reference_grad = gradient(lambda z: nt_xent(z, temperature), z)
-    loss, grad = gradient(lambda z: distributed_nt_xent(z, temperature).loss, z)
-    torch.testing.assert_close(loss, reference, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(grad, reference_grad, rtol=1e-8, atol=1e-12)
-    torch.testing.assert_close(distributed_nt_xent(z, temperature).global_loss, reference, rtol=1e-10, atol=1e-12)
+    for tile in (None, 1, 2, 3):  # which divide the images, or do not
+        loss, grad = gradient(lambda z, tile=tile: distributed_nt_xent(z, temperature, tile=tile).loss, z)
+        torch.testing.assert_close(loss, reference, rtol=1e-12, atol=1e-13)
+        # The reference's own error: it gets at p - 1 by subtraction.
+        torch.testing.assert_close(grad, reference_grad, rtol=1e-8, atol=1e-12)
+    with torch.no_grad():
+        assert torch.equal(distributed_nt_xent(z, temperature, tile=3).loss, loss)
+
+
+@settings(deadline=None, max_examples=25)
+@given(images_and_dim, st.floats(0.0005, 0.05), seeds)
+def test_running_maxima_give_the_same_where_the_plain_sums_do_and_go_on_below(shape, temperature, seed):
+    z = projections(*shape, seed)
+    reference, reference_grad = gradient(lambda z: nt_xent(z, temperature), z)
+    for tile in (None, 3):
+        loss, grad = gradient(lambda z, tile=tile: distributed_nt_xent(z, temperature, tile=tile).loss, z)
+        torch.testing.assert_close(loss, reference, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(grad, reference_grad, rtol=1e-7, atol=1e-10 / temperature)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.02])
+def test_plain_and_running_sums_have_the_same_statistics(temperature, monkeypatch):
+    z = projections(9, 6)
+    z[3], z[4] = 3 * z[0], 5 * z[1]
+    plain = distributed_nt_xent(z, temperature, tile=4)
+    monkeypatch.setattr("simclr_ray.learn.tiles._LARGEST_PLAIN_LOGIT", 0.0)
+    running = distributed_nt_xent(z, temperature, tile=4)
+    for name in production.NTXent._fields:
+        torch.testing.assert_close(getattr(running, name), getattr(plain, name), rtol=1e-11, atol=1e-12)
+
+
+def test_flavour_paper_is_twice_the_loss_and_its_gradient():
+    z = projections(5, 4)
+    loss, grad = gradient(lambda z: distributed_nt_xent(z, 0.2).loss, z)
+    doubled, doubled_grad = gradient(lambda z: distributed_nt_xent(z, 0.2, flavour="paper").loss, z)
+    assert torch.equal(doubled, 2 * loss)
+    torch.testing.assert_close(doubled_grad, 2 * grad)
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operation made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+def test_no_tensor_grows_with_the_square_of_the_batch():
+    for images in (64, 256):
+        with Largest() as largest:
+            production._forward(projections(images, 8), 0.5, None, None, "auto", 16, 1.0, True)
+        assert largest.numel == 2 * images * 8  # rows x D; a tile is 256, the matrix 16 K and 262 K
+
+
+def test_symmetry_saves_a_third_of_the_products():
+    z = projections(256, 32)
+    with FlopCounterMode(display=False) as counter:
+        production._forward(z, 0.5, None, None, "auto", 32, 1.0, True)
+    assert counter.get_total_flops() <= 4.2 * len(z) ** 2 * 32  # 6 by row against column
+    with FlopCounterMode(display=False) as counter:
+        production._forward(z, 0.5, None, None, "auto", 32, 1.0, False)
+    assert counter.get_total_flops() <= 1.1 * len(z) ** 2 * 32  # no gradient is made that nobody wants
 
 
 @settings(deadline=None, max_examples=25)
@@ -78,8 +148,10 @@ def test_the_order_of_images_and_of_views_does_not_matter(shape, temperature, se
 def test_the_length_of_a_projection_does_not_matter(shape, temperature, seed):
     z = projections(*shape, seed)
     lengths = torch.logspace(-2, 3, len(z), dtype=z.dtype)[:, None]
-    for loss in (nt_xent, lambda z, t: distributed_nt_xent(z, t).loss):
-        torch.testing.assert_close(loss(z * lengths, temperature), loss(z, temperature), rtol=1e-9, atol=1e-12)
+    loss, grad = gradient(lambda z: distributed_nt_xent(z, temperature).loss, z)
+    scaled, scaled_grad = gradient(lambda z: distributed_nt_xent(z, temperature).loss, z * lengths)
+    torch.testing.assert_close(scaled, loss, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(scaled_grad * lengths, grad, rtol=1e-8, atol=1e-11)
 
 
 @pytest.mark.parametrize("images", [2, 3, 64])
@@ -123,20 +195,45 @@ def test_statistics_are_the_means_they_are_named_after():
     torch.testing.assert_close(result.positive_similarity, positive.mean())
     torch.testing.assert_close(result.negative_similarity, negative)
     torch.testing.assert_close(result.entropy, cross.entropy().mean())
-    for name in ("global_loss", "accuracy", "entropy", "positive_similarity", "negative_similarity"):
+    for name in ("accuracy", "entropy", "positive_similarity", "negative_similarity"):
         assert not getattr(result, name).requires_grad
         assert getattr(result, name).shape == ()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_finite_at_temperature_one_hundredth(dtype):
-    z = torch.cat([projections(16, 32, dtype=dtype), torch.eye(32, dtype=dtype).repeat(2, 1)])
-    for loss_of in (lambda z: distributed_nt_xent(z, 0.01).loss, lambda z: nt_xent(z, 0.01)):
-        loss, grad = gradient(loss_of, z)
-        assert loss.dtype == torch.float32
-        assert grad.dtype == dtype
-        assert torch.isfinite(loss)
-        assert torch.isfinite(grad).all()
+@pytest.mark.parametrize("temperature", [0.0142, 0.01, 0.001])
+def test_small_temperatures_are_finite_and_right(dtype, temperature):
+    apart = torch.eye(32, dtype=dtype)
+    z = torch.cat([projections(16, 32, dtype=dtype), apart, -apart])  # positives that are opposite, too
+    exact, exact_grad = gradient(lambda z: nt_xent(z, temperature), z.double())
+    loss, grad = gradient(lambda z: distributed_nt_xent(z, temperature).loss, z)
+    assert loss.dtype == torch.float32
+    assert grad.dtype == dtype
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0.0)
+    assert float((grad.double() - exact_grad).norm() / exact_grad.norm()) < (1e-3 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 3e4, 1e15])
+def test_lengths_that_bfloat16_can_hold_are_no_trouble(scale):
+    z = (scale * projections(8, 16, dtype=torch.float32)).bfloat16()
+    loss, grad = gradient(lambda z: distributed_nt_xent(z, 0.01).loss, z)
+    exact, _ = gradient(lambda z: nt_xent(z, 0.01), z.double())
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-4, atol=1e-4)
+    assert torch.isfinite(grad).all()
+
+
+def test_reduced_matrix_precision_is_not_inherited():
+    z = projections(64, 64, dtype=torch.float32)
+    expected = gradient(lambda z: distributed_nt_xent(z, 0.05).loss, z)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")  # bf16 products, on CPUs that have them
+    try:
+        actual = gradient(lambda z: distributed_nt_xent(z, 0.05).loss, z)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(actual[0], expected[0])
+    assert torch.equal(actual[1], expected[1])
 
 
 def test_autocast_does_not_reach_the_logits():
@@ -178,21 +275,89 @@ def test_a_nan_is_not_hidden():
     z[2, 0] = math.nan
     result = distributed_nt_xent(z, 0.1)
     assert torch.isnan(result.loss)
-    assert torch.isnan(result.global_loss)
+    assert result.nonfinite_rows.tolist() == [1]
+    with pytest.raises(NumericsError, match="1 non-finite projections on rank 0"):
+        refuse_nonfinite(result)
 
 
-@pytest.mark.parametrize("loss", [nt_xent, distributed_nt_xent])
+@pytest.mark.parametrize("temperature", [0.1, 0.01])
+def test_infinities_are_not_hidden_either(temperature):
+    z = projections(4, 8)
+    z[5, 3] = math.inf
+    z[6, 2] = -math.inf
+    result = distributed_nt_xent(z, temperature)
+    assert torch.isnan(result.loss)
+    assert result.nonfinite_rows.tolist() == [2]
+
+
 class TestRefusals:
     @pytest.mark.parametrize("temperature", [0.0, -0.1, math.inf, math.nan])
-    def test_temperature_out_of_range(self, loss, temperature):
+    def test_temperature_out_of_range(self, temperature):
         with pytest.raises(ConfigError, match=r"loss\.temperature"):
-            loss(projections(4, 8), temperature)
+            distributed_nt_xent(projections(4, 8), temperature)
 
-    def test_odd_rows(self, loss):
+    def test_odd_rows(self):
         with pytest.raises(ConfigError, match="view pairs"):
-            loss(projections(4, 8)[:-1], 0.1)
+            distributed_nt_xent(projections(4, 8)[:-1], 0.1)
 
     @pytest.mark.parametrize("images", [0, 1])
-    def test_no_negatives(self, loss, images):
+    def test_no_negatives(self, images):
         with pytest.raises(ConfigError, match=f"{images} images"):
-            loss(projections(images, 8), 0.1)
+            distributed_nt_xent(projections(images, 8), 0.1)
+
+    @pytest.mark.parametrize("z", [torch.zeros(4), torch.zeros(4, 2, dtype=torch.int64), torch.zeros(4, 2, 2)])
+    def test_no_matrix_of_numbers(self, z):
+        with pytest.raises(ConfigError, match="floating-point matrix"):
+            distributed_nt_xent(z, 0.1)
+
+    def test_other_rows_than_announced(self):
+        with pytest.raises(ConfigError, match=r"8 rows on rank 0.*expected 6"):
+            distributed_nt_xent(projections(4, 8), 0.1, images=[3])
+
+    def test_a_second_derivative(self):
+        z = projections(4, 8).requires_grad_()
+        (grad,) = torch.autograd.grad(distributed_nt_xent(z, 0.1).loss, z, create_graph=True)
+        with pytest.raises(ConfigError, match="no second derivative"):
+            grad.square().sum().backward()
+
+
+class TestInAnyTorchProgram:
+    def test_it_takes_the_views_apart_and_returns_the_loss(self):
+        a, b = (view.requires_grad_() for view in projections(6, 5).chunk(2))
+        loss = simclr_ray.nt_xent(a, b, 0.3)
+        loss.backward()
+        expected, grad = gradient(lambda z: nt_xent(z, 0.3), torch.cat([a, b]).detach())
+        torch.testing.assert_close(loss.detach(), expected)
+        torch.testing.assert_close(torch.cat([a.grad, b.grad]), grad)
+
+    def test_views_that_do_not_pair_up(self):
+        z = projections(4, 8)
+        for other in (z[:3], z[:4, :5], z[:4].float()):
+            with pytest.raises(ConfigError, match="do not pair up"):
+                simclr_ray.nt_xent(z[4:], other, 0.1)
+
+    def test_projections_that_are_not_finite(self):
+        z = projections(4, 8)
+        z[2, 0] = math.nan
+        with pytest.raises(NumericsError, match="on rank 0"):
+            simclr_ray.nt_xent(*z.chunk(2), 0.1)
+
+    def test_a_compiled_step_calls_it_without_a_graph_break(self):
+        layer = torch.nn.Linear(8, 6).double()
+
+        def step(x: Tensor) -> Tensor:
+            return simclr_ray.learn.nt_xent.distributed_nt_xent(layer(x), 0.2).loss
+
+        x = projections(5, 8)
+        expected = torch.autograd.grad(step(x), layer.weight)[0]
+        compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(torch.autograd.grad(compiled(x), layer.weight)[0], expected)
+
+    def test_it_needs_no_ray(self):
+        code = (
+            "import sys, torch, simclr_ray\n"
+            "x = torch.eye(4, requires_grad=True)\n"
+            "simclr_ray.nt_xent(x, x, 0.5).backward()\n"
+            "assert not {'ray', 'timm', 'pyarrow'} & set(sys.modules), sorted(sys.modules)\n"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -35,6 +35,8 @@ def test_the_numbers_of_a_run() -> None:
         (100, ["train.global_batch=128"], ["one global batch needs more images", "100 in /data", "global_batch=64"]),
         (30, ["train.global_batch=64"], ["pack more images"]),
         (1000, ["train.global_batch=100"], ["use 64 or 128"]),
+        (1000, ["train.global_batch=384", "train.micro_batch=256"], ["train.micro_batch", "256", "use 128 or 192"]),
+        (1000, ["train.global_batch=384", "train.micro_batch=60"], ["train.micro_batch", "use 64 or 128"]),
         (1000, ["train.global_batch=64", "optim.warmup_epochs=20"], ["warm-up", "leaves nothing"]),
     ],
 )
@@ -62,6 +64,17 @@ def test_any_number_of_workers_up_to_the_units_of_a_step_works() -> None:
         assert sum(shares(derived, world_size)) == 256
     with pytest.raises(ConfigError, match="1 to 4"):
         check_world_size(5, derived)
+
+
+def test_every_worker_needs_a_unit_of_every_micro_batch() -> None:
+    settings = ["train.global_batch=256", "train.micro_batch=128", "train.steps=99", "optim.warmup_epochs=1"]
+    config = load_config(None, settings)
+    derived = derive(config, manifest(1000))
+    assert (derived.units_per_step, derived.units_per_micro_batch) == (4, 2)
+    assert "micro-batches: 2 of 128 images a step" in "\n".join(sentences(config, derived))
+    check_world_size(2, derived)
+    with pytest.raises(ConfigError, match=r"a micro-batch has 2 units.*\n.*train\.micro_batch=192"):
+        check_world_size(3, derived)
 
 
 def test_workers_never_take_the_last_cpu_of_the_stream() -> None:
