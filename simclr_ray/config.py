@@ -115,6 +115,9 @@ class LossConfig(Section):
     """How ranks share projections; the loss is the same. `gather`: every rank holds all. `half`: each pair of ranks
     computed once, for both; fewer FLOPs, twice the traffic. `ring`: they go round, no rank ever holds all. `auto`: ring
     above 4 GiB of projections, half on CPUs from 8192 projections, else gather."""
+    kernel: Literal["torch", "triton"] = "torch"
+    """What computes the tiles of the similarity matrix. `triton` keeps them on the chip, on CUDA only; it is tested
+    against `torch`, but has not been timed on a GPU yet, so it is not the default."""
 
 
 class OptimConfig(Section):

@@ -22,7 +22,6 @@ the reference (`learn.reference`) on the whole batch, up to rounding.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -31,16 +30,17 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from simclr_ray.collectives import all_gather_equal, group_name, group_of, rank, world_size
-from simclr_ray.errors import ConfigError, NumericsError
+from simclr_ray.errors import ConfigError
 from simclr_ray.learn.exchange import ExchangeName, gather_by_view, make_exchange
-from simclr_ray.learn.tiles import Kernel, RowSums, TorchTiles
+from simclr_ray.learn.kernels import CPU_TILE, KernelName, make_kernel
+from simclr_ray.learn.loss_input import check_images, check_temperature, describe, images_by_rank, refuse_nonfinite
+from simclr_ray.learn.tiles import RowSums
 
 Flavour = Literal["standard", "paper"]
 """`standard`: the mean of Algorithm 1. `paper`: twice that, as google-research/simclr adds both directions' means."""
 
 _SMALLEST_NORM = 1e-6
 """Rows shorter than this count as dead: F.normalize's 1e-12 would hand them gradients of 1e11."""
-_CPU_TILE, _GPU_TILE = 512, 4096
 _RING_BYTES = 4 << 30
 """Above this size of all projections together, holding them is what hurts, and they go round instead."""
 
@@ -115,13 +115,13 @@ def nt_xent(
         raise ConfigError(
             "the two views do not pair up",
             where="NT-Xent",
-            got=f"{_describe(view_a)} and {_describe(view_b)}",
+            got=f"{describe(view_a)} and {describe(view_b)}",
             expected="two (n, D) tensors of one shape, dtype and device, row i of both from the same image",
         )
     z = torch.cat([view_a, view_b])
     result = distributed_nt_xent(z, temperature, group, flavour=flavour, exchange=exchange)
     if z.device.type == "cpu":
-        refuse_nonfinite(result)
+        refuse_nonfinite(result.nonfinite_rows)
     return result.loss
 
 
@@ -134,6 +134,7 @@ def distributed_nt_xent(
     flavour: Flavour = "standard",
     exchange: Literal["auto"] | ExchangeName = "auto",
     tile: int | None = None,
+    kernel: KernelName = "torch",
 ) -> NTXent:
     """NT-Xent of this rank's anchors against the projections of all ranks, with the step's statistics.
 
@@ -149,6 +150,8 @@ def distributed_nt_xent(
         exchange: "gather", "half", "ring" (see `learn.exchange`), or "auto": ring above 4 GiB of projections, half on
             CPUs from 8192 rows, else gather.
         tile: Rows and columns of a tile; None = 512 on a CPU, whose cache it fits, and 4096 on a GPU.
+        kernel: "torch" runs anywhere. "triton" keeps tiles on the chip (`learn.triton_tiles`), on CUDA in float32 from
+            temperature 1/70 on; not timed on a GPU yet, so nothing chooses it by itself.
 
     Returns:
         The loss to differentiate and the global statistics.
@@ -156,42 +159,21 @@ def distributed_nt_xent(
     Raises:
         ConfigError: See `nt_xent`.
     """
-    _check_temperature(temperature)
+    check_temperature(temperature)
     if z.dim() != 2 or not z.is_floating_point():
         raise ConfigError(
             "projections must be a floating-point matrix",
             where="NT-Xent",
-            got=_describe(z),
+            got=describe(z),
             expected="(2n, D), [views a; views b]",
         )
     wants_gradient = torch.is_grad_enabled() and z.requires_grad
     loss, statistics, nonfinite, _ = _nt_xent_op(
         z, temperature, group_name(group), None if images is None else list(images), exchange, tile or 0,
-        2.0 if flavour == "paper" else 1.0, wants_gradient,
+        2.0 if flavour == "paper" else 1.0, wants_gradient, kernel,
     )  # fmt: skip
     accuracy, entropy, positive, negative = statistics.unbind()
     return NTXent(loss, accuracy, entropy, positive, negative, nonfinite)
-
-
-def refuse_nonfinite(result: NTXent) -> None:
-    """Look at `result.nonfinite_rows`; on a GPU the host waits for it.
-
-    Raises:
-        NumericsError: Naming the ranks and how many of their projections are not finite; on every rank alike.
-    """
-    found = describe_nonfinite(result.nonfinite_rows)
-    if found:
-        raise NumericsError(
-            "cannot compare projections that are not finite",
-            where="NT-Xent",
-            got=", ".join(found),
-            fix="lower the learning rate, or look at the images of these rows",
-        )
-
-
-def describe_nonfinite(rows: Tensor) -> list[str]:
-    """Ranks that hold projections which are not finite, in words; `rows` is `NTXent.nonfinite_rows`."""
-    return [f"{int(count)} non-finite projections on rank {r}" for r, count in enumerate(rows.tolist()) if count]
 
 
 # A custom op: opaque to torch.compile, so that a compiled training step calls it without a graph break, and one
@@ -199,17 +181,17 @@ def describe_nonfinite(rows: Tensor) -> list[str]:
 @torch.library.custom_op("simclr_ray::nt_xent", mutates_args=())
 def _nt_xent_op(
     z: Tensor, temperature: float, group: str, images: list[int] | None, exchange: str, tile: int, factor: float,
-    wants_gradient: bool,
+    wants_gradient: bool, kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss (), statistics (4,), non-finite rows by rank (W,), and d(W loss)/dz (2n, D); the last empty if unwanted."""
     with torch.no_grad(), torch.autocast(z.device.type, enabled=False), _full_precision_products():
-        return _forward(z, temperature, group_of(group), images, exchange, tile, factor, wants_gradient)
+        return _forward(z, temperature, group_of(group), images, exchange, tile, factor, wants_gradient, kernel)  # type: ignore[arg-type]
 
 
 @_nt_xent_op.register_fake
 def _(
     z: Tensor, temperature: float, group: str, images: list[int] | None, exchange: str, tile: int, factor: float,
-    wants_gradient: bool,
+    wants_gradient: bool, kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dtype = _compute_dtype(z)
     ranks = world_size(group_of(group))
@@ -235,7 +217,7 @@ def _backward(
         )
     (gradient,) = ctx.saved_tensors
     of_z = None if of_loss is None else (gradient * of_loss).to(ctx.dtype)
-    return of_z, None, None, None, None, None, None, None
+    return of_z, *[None] * 8
 
 
 _nt_xent_op.register_autograd(_backward, setup_context=_setup_context)
@@ -243,13 +225,13 @@ _nt_xent_op.register_autograd(_backward, setup_context=_setup_context)
 
 def _forward(
     z: Tensor, temperature: float, group: ProcessGroup | None, images: Sequence[int] | None, exchange: str, tile: int,
-    factor: float, wants_gradient: bool,
+    factor: float, wants_gradient: bool, kernel_name: KernelName,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    counts = _counts(z, temperature, group) if images is None else list(images)
-    _check_counts(counts, len(z), rank(group))
+    counts = images_by_rank(z, temperature, group) if images is None else list(images)
+    check_images(counts, len(z), rank(group))
     anchors, ranks = 2 * sum(counts), len(counts)
     unit, norm = _normalize(z)  # (2, n, D), (2, n, 1)
-    kernel = _kernel(temperature, z.device, tile)
+    kernel = make_kernel(kernel_name, temperature, unit, tile)
     way = make_exchange(_way(exchange, z.device, anchors, z.shape[1]), unit, counts, group)
 
     sums = kernel.new_sums(way.tracked, like=unit)
@@ -340,7 +322,7 @@ def _global_numbers(
 
 def _finish_gradient(gradient: Tensor, unit: Tensor, inverse_norm: Tensor, pull: Tensor, scale: float) -> None:
     """Add the positives' part to the sums over negatives, and go back through the normalization; in place."""
-    rows = max(1, _CPU_TILE * _CPU_TILE // max(1, unit.shape[2]))
+    rows = max(1, CPU_TILE * CPU_TILE // max(1, unit.shape[2]))
     for start in range(0, unit.shape[1], rows):  # in pieces, for the temporaries' sake
         part = slice(start, start + rows)
         for view in (0, 1):
@@ -370,10 +352,6 @@ def _compute_dtype(z: Tensor) -> torch.dtype:
     return torch.float64 if z.dtype == torch.float64 else torch.float32
 
 
-def _kernel(temperature: float, device: torch.device, tile: int) -> Kernel:
-    return TorchTiles(temperature, tile or (_GPU_TILE if device.type == "cuda" else _CPU_TILE))
-
-
 def _way(exchange: str, device: torch.device, rows: int, dim: int) -> ExchangeName:
     """Resolve "auto", by what is the same on every rank."""
     if exchange != "auto":
@@ -395,69 +373,3 @@ def _full_precision_products() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def _counts(z: Tensor, temperature: float, group: ProcessGroup | None) -> list[int]:
-    """Images of every rank, from what the ranks say of themselves; refuses together what does not fit together.
-
-    An odd number of rows is refused here too, before halving hides it.
-    """
-    mine = [len(z), z.shape[1], _DTYPES.index(z.dtype) if z.dtype in _DTYPES else -1, temperature]
-    if world_size(group) == 1:
-        told = [mine]
-    else:
-        told = all_gather_equal(z.new_tensor(mine, dtype=torch.float64), group).tolist()
-    rows, dims, dtypes, temperatures = (list(column) for column in zip(*told, strict=True))
-    for what, values in (("dimensions D", dims), ("dtypes", dtypes), ("temperatures", temperatures)):
-        if len(set(values)) > 1:
-            shown = [str(_DTYPES[int(v)]) if what == "dtypes" and v >= 0 else f"{v:g}" for v in values]
-            raise ConfigError(
-                f"ranks have projections of different {what}",
-                where="NT-Xent",
-                got=", ".join(f"{value} on rank {r}" for r, value in enumerate(shown)),
-                expected="the same on every rank",
-            )
-    if any(count % 2 for count in rows):
-        raise ConfigError(
-            "projections do not form view pairs",
-            where="NT-Xent",
-            got=f"{[int(count) for count in rows]} rows by rank",
-            expected="an even number of rows, [views a; views b]",
-        )
-    return [int(count) // 2 for count in rows]
-
-
-def _check_counts(images: Sequence[int], rows: int, own: int) -> None:
-    if rows != 2 * images[own]:
-        raise ConfigError(
-            "projections are not the images that were announced",
-            where="NT-Xent",
-            got=f"{rows} rows on rank {own}",
-            expected=f"{2 * images[own]}, two views of {images[own]} images",
-        )
-    if sum(images) < 2:
-        raise ConfigError(
-            "an anchor has no negatives",
-            where="NT-Xent",
-            got=f"a global batch of {sum(images)} images",
-            expected="at least 2 images",
-            fix="raise the global batch size",
-        )
-
-
-def _check_temperature(temperature: float) -> None:
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ConfigError(
-            "cannot divide similarities by this temperature",
-            where="loss.temperature",
-            got=temperature,
-            expected="a finite number above 0",
-            fix="0.1 suits ImageNet, 0.5 CIFAR-10 (SimCLR, section 5.1 and appendix B.9)",
-        )
-
-
-def _describe(x: Tensor) -> str:
-    return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"

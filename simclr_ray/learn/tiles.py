@@ -29,7 +29,7 @@ from torch import Tensor
 ALL_QUADRANTS = ((0, 0), (0, 1), (1, 0), (1, 1))
 """Pairs of (row view, column view)."""
 
-_LARGEST_PLAIN_LOGIT = 70.0
+LARGEST_PLAIN_LOGIT = 70.0
 """exp(70) times 10^7 rows is 10^37.4, within float32's 10^38.5; exp(-70) is a normal number."""
 
 
@@ -132,7 +132,7 @@ class TorchTiles:
         """Take tiles of at most `size` rows and columns."""
         self._inverse_temperature = 1.0 / temperature
         self._size = size
-        self.wide = self._inverse_temperature > _LARGEST_PLAIN_LOGIT
+        self.wide = self._inverse_temperature > LARGEST_PLAIN_LOGIT
         self._scratch: dict[tuple[int, int], list[Tensor]] = {}
         self._memory: list[Tensor] = []
 

@@ -44,6 +44,7 @@ FREE = (
     "data.steps_ahead",
     "data.prefetch_units",
     "loss.exchange",
+    "loss.kernel",
     "train.channels_last",
     "train.compile",
     "train.log_every",

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from simclr_ray.errors import NumericsError
+from simclr_ray.learn.loss_input import describe_nonfinite
 from simclr_ray.learn.micro_batch import backward_in_micro_batches
-from simclr_ray.learn.nt_xent import NTXent, describe_nonfinite
+from simclr_ray.learn.nt_xent import NTXent
 from simclr_ray.learn.optim import gradient_norm, set_learning_rate
 
 #: Order of the numbers that a step reports, all global means; names of `observe.metrics`.

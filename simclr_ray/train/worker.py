@@ -139,6 +139,7 @@ def _loss(config: Config, batch: StepBatch, *, first: bool) -> Callable[[Tensor]
         images=None if first else batch.images_by_rank,
         flavour=config.loss.flavour,
         exchange=config.loss.exchange,
+        kernel=config.loss.kernel,
     )
 
 

@@ -152,7 +152,7 @@ def collectives_of_each_pass(shares: list[int]) -> list[tuple[int, int]]:
     for exchange in EXCHANGES:
         mine = whole_projections().split(shares, dim=1)[rank()].flatten(0, 1).requires_grad_()
         with Collectives() as forward:  # the custom op is opaque to the mode, what is inside it is not
-            production._forward(mine.detach(), TEMPERATURE, None, shares, exchange, 2, 1.0, True)
+            production._forward(mine.detach(), TEMPERATURE, None, shares, exchange, 2, 1.0, True, "torch")
         result = distributed_nt_xent(mine, TEMPERATURE, exchange=exchange, images=shares)
         with Collectives() as backward:
             result.loss.backward()

@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import simclr_ray
 from simclr_ray.errors import ConfigError, NumericsError
 from simclr_ray.learn import nt_xent as production
-from simclr_ray.learn.nt_xent import distributed_nt_xent, refuse_nonfinite
+from simclr_ray.learn.loss_input import refuse_nonfinite
+from simclr_ray.learn.nt_xent import distributed_nt_xent
 from simclr_ray.learn.reference import nt_xent
 
 images_and_dim = st.tuples(st.integers(2, 9), st.integers(1, 12))
@@ -85,7 +86,7 @@ def test_plain_and_running_sums_have_the_same_statistics(temperature, monkeypatc
     z = projections(9, 6)
     z[3], z[4] = 3 * z[0], 5 * z[1]
     plain = distributed_nt_xent(z, temperature, tile=4)
-    monkeypatch.setattr("simclr_ray.learn.tiles._LARGEST_PLAIN_LOGIT", 0.0)
+    monkeypatch.setattr("simclr_ray.learn.tiles.LARGEST_PLAIN_LOGIT", 0.0)
     running = distributed_nt_xent(z, temperature, tile=4)
     for name in production.NTXent._fields:
         torch.testing.assert_close(getattr(running, name), getattr(plain, name), rtol=1e-11, atol=1e-12)
@@ -115,17 +116,17 @@ class Largest(TorchDispatchMode):
 def test_no_tensor_grows_with_the_square_of_the_batch():
     for images in (64, 256):
         with Largest() as largest:
-            production._forward(projections(images, 8), 0.5, None, None, "auto", 16, 1.0, True)
+            production._forward(projections(images, 8), 0.5, None, None, "auto", 16, 1.0, True, "torch")
         assert largest.numel == 2 * images * 8  # rows x D; a tile is 256, the matrix 16 K and 262 K
 
 
 def test_symmetry_saves_a_third_of_the_products():
     z = projections(256, 32)
     with FlopCounterMode(display=False) as counter:
-        production._forward(z, 0.5, None, None, "auto", 32, 1.0, True)
+        production._forward(z, 0.5, None, None, "auto", 32, 1.0, True, "torch")
     assert counter.get_total_flops() <= 4.2 * len(z) ** 2 * 32  # 6 by row against column
     with FlopCounterMode(display=False) as counter:
-        production._forward(z, 0.5, None, None, "auto", 32, 1.0, False)
+        production._forward(z, 0.5, None, None, "auto", 32, 1.0, False, "torch")
     assert counter.get_total_flops() <= 1.1 * len(z) ** 2 * 32  # no gradient is made that nobody wants
 
 
@@ -277,7 +278,7 @@ def test_a_nan_is_not_hidden():
     assert torch.isnan(result.loss)
     assert result.nonfinite_rows.tolist() == [1]
     with pytest.raises(NumericsError, match="1 non-finite projections on rank 0"):
-        refuse_nonfinite(result)
+        refuse_nonfinite(result.nonfinite_rows)
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.01])
@@ -313,6 +314,10 @@ class TestRefusals:
     def test_other_rows_than_announced(self):
         with pytest.raises(ConfigError, match=r"8 rows on rank 0.*expected 6"):
             distributed_nt_xent(projections(4, 8), 0.1, images=[3])
+
+    def test_a_triton_kernel_without_a_gpu(self):
+        with pytest.raises(ConfigError, match=r"loss\.kernel.*(projections on cpu|not installed)"):
+            distributed_nt_xent(projections(4, 8), 0.1, kernel="triton")
 
     def test_a_second_derivative(self):
         z = projections(4, 8).requires_grad_()
