@@ -1,5 +1,6 @@
 """Real gloo ranks for tests: the same function in several processes, its results back in rank order."""
 
+import gc
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
@@ -34,6 +35,7 @@ def _as_rank(rank: int, world_size: int, folder: str, fn: Callable[..., Any], ar
     try:
         torch.save(fn(*args), _result_path(folder, rank))
     finally:
+        gc.collect()  # a reducer that outlives its group may abort the interpreter at exit
         dist.destroy_process_group()
 
 
