@@ -81,19 +81,22 @@ def all_gather_rows(
     return out
 
 
-def reduce_scatter_rows(x: Tensor, counts: Sequence[int], group: ProcessGroup | None = None) -> Tensor:
-    """Sum `x` (M, ...) over the ranks and keep this rank's rows, (counts[rank], ...); `x` is used up."""
+def reduce_scatter_rows_(x: Tensor, counts: Sequence[int], group: ProcessGroup | None = None) -> None:
+    """Sum this rank's rows of `x` over the ranks, in place; what becomes of the other rows is undefined.
+
+    Args:
+        x: Contiguous (sum of counts, ...), the same shape on every rank; rank r's rows come after those of lower ranks.
+        counts: Rows of every rank. Zero is allowed.
+        group: Ranks that take part; None = all.
+    """
     if len(counts) == 1:
-        return x
-    own = rank(group)
-    start = sum(counts[:own])
+        return
     if dist.get_backend(group) == "nccl" and len(set(counts)) == 1:
-        rows = x.new_empty((counts[own], *x.shape[1:]))
-        _reduce_scatter_single(rows.view(-1), x.reshape(-1), group=group)
-        return rows
-    # gloo has no reduce-scatter in the oldest torch we accept, and nccl's wants equal shares: sum all, keep ours.
-    dist.all_reduce(x, group=group)
-    return x[start : start + counts[own]].clone()
+        own = x[rank(group) * counts[0] : (rank(group) + 1) * counts[0]]
+        # NCCL does this in place where the output is the rank's own part of the input.
+        _reduce_scatter_single(own.view(-1), x.view(-1), group=group)
+    else:  # nccl's wants equal shares; gloo's is missing in the oldest torch we accept
+        dist.all_reduce(x, group=group)
 
 
 def all_reduce_max_(x: Tensor, group: ProcessGroup | None = None) -> Tensor:

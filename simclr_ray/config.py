@@ -99,8 +99,8 @@ class ModelConfig(Section):
     batch_norm: Literal["global", "local", "frozen"] = "global"
     """`global`: statistics over all ranks and both views, as SimCLR has it (with `train.micro_batch`, over one
     micro-batch). `local`: each rank alone; the loss curve then depends on the number of workers. `frozen`: taken
-    from the first global batch under the initial weights (mean over its micro-batches) and kept for good; images no
-    longer meet in batch norm, so a step's gradient does not depend on the micro-batches."""
+    from the first global batch under the initial weights (mean over its micro-batches) and kept for good; under
+    them images do not meet in batch norm, so a step's gradient does not depend on how it is cut."""
 
 
 class LossConfig(Section):
@@ -114,7 +114,7 @@ class LossConfig(Section):
     exchange: Literal["auto", "gather", "half", "ring"] = "auto"
     """How ranks share projections; the loss is the same. `gather`: every rank holds all. `half`: each pair of ranks
     computed once, for both; fewer FLOPs, twice the traffic. `ring`: they go round, no rank ever holds all. `auto`: ring
-    above 4 GiB of projections, half on CPUs from 8192 projections, else gather."""
+    above 4 GiB of projections, half on CPUs from 4 MiB (8192 of 128 numbers), else gather."""
     kernel: Literal["torch", "triton"] = "torch"
     """What computes the tiles of the similarity matrix. `triton` keeps them on the chip, on CUDA only; it is tested
     against `torch`, but has not been timed on a GPU yet, so it is not the default."""

@@ -8,6 +8,10 @@ half      each pair of ranks once, for both of them   all (2B, D) twice  (2B, D)
 ring      its rows against all columns                three ranks' rows  (2B, D) twice, a rank at a time
 ========  ==========================================  =================  ======================================
 
+Uneven shares are padded while they are gathered, which takes half as much again for that moment; the reduce-scatter is
+an all-reduce then, and on gloo. `half` saves FLOPs only with a kernel that computes a pair once for both ends, as
+`TorchTiles` does and `TritonTiles` does not.
+
 In all three a rank takes its own block by symmetry, each pair once. Unit projections go round by view, (2, n, D), so
 that which view a column belongs to is its place; ranks may hold different numbers of images, also none. Collectives
 happen here and in the forward pass only.
@@ -18,11 +22,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from simclr_ray.collectives import all_gather_rows, all_reduce_max_, all_reduce_sum, rank, reduce_scatter_rows, ring
+from simclr_ray.collectives import all_gather_rows, all_reduce_max_, all_reduce_sum, rank, reduce_scatter_rows_, ring
 from simclr_ray.learn.tiles import ALL_QUADRANTS, RowSums
 
 ExchangeName = Literal["gather", "half", "ring"]
@@ -42,6 +45,8 @@ class Block(NamedTuple):
 class Exchange(Protocol):
     """What the loss needs to know about the other ranks."""
 
+    unit: Tensor
+    """This rank's rows, (2, n, D), as they are kept here: to be used instead of those that were given."""
     tracked: int
     """Images that this rank keeps sums and gradients for."""
     own: slice
@@ -72,7 +77,7 @@ class Gather:
 
     def __init__(self, unit: Tensor, counts: Sequence[int], group: ProcessGroup | None) -> None:
         """Gather; one collective a view, so that each view's columns lie together without a copy."""
-        self._counts, self._rank, self._group = counts, rank(group), group
+        self._counts, self._rank, self._group, self.unit = counts, rank(group), group, unit
         self._columns = _gather_views(unit, counts, group)  # (2, B, D)
         start = sum(counts[: self._rank])
         self._mine = slice(start, start + counts[self._rank])
@@ -129,7 +134,9 @@ class Half(Gather):
 
     def complete_gradient(self, gradient: Tensor) -> Tensor:
         """Sum over the ranks and keep this rank's, a view at a time."""
-        return torch.stack([reduce_scatter_rows(view, self._counts, self._group) for view in gradient])
+        for view in gradient:
+            reduce_scatter_rows_(view, self._counts, self._group)
+        return gradient[:, self._mine]
 
 
 class Ring:
@@ -138,15 +145,15 @@ class Ring:
     mirrored = False
 
     def __init__(self, unit: Tensor, counts: Sequence[int], group: ProcessGroup | None) -> None:
-        """Remember what to send."""
-        self._unit, self._counts, self._group = unit, counts, group
+        """Keep the rows as they travel: images first, so that a rank's share is a number of rows."""
+        self._travelling, self._counts, self._group = unit.transpose(0, 1).contiguous(), counts, group
+        self.unit = self._travelling.transpose(0, 1)
         self.tracked, self.own = unit.shape[1], slice(0, unit.shape[1])
 
     def blocks(self) -> Iterator[Block]:
         """The other ranks' columns as they come by."""
         starts = [sum(self._counts[:owner]) for owner in range(len(self._counts))]
-        # Images first while travelling, so that a rank's share is a number of rows.
-        for owner, block in ring(self._unit.transpose(0, 1).contiguous(), self._counts, self._group):
+        for owner, block in ring(self._travelling, self._counts, self._group):
             yield Block(block.transpose(0, 1), slice(starts[owner], starts[owner] + len(block)))
 
     def complete_sums(self, sums: RowSums) -> RowSums:

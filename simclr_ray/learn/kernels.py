@@ -19,7 +19,7 @@ CPU_TILE = 512
 GPU_TILE = 4096
 
 
-def make_kernel(name: KernelName, temperature: float, like: Tensor, tile: int) -> Kernel:
+def make_kernel(name: str, temperature: float, like: Tensor, tile: int) -> Kernel:
     """Choose a kernel for projections such as `like`.
 
     Args:

@@ -23,26 +23,36 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from simclr_ray.collectives import all_gather_equal, group_name, group_of, rank, world_size
+from simclr_ray.collectives import group_name, group_of, rank, world_size
 from simclr_ray.errors import ConfigError
+from simclr_ray.learn.anchors import compute_dtype, facts_of, finish_gradient, global_numbers, normalize
 from simclr_ray.learn.exchange import ExchangeName, gather_by_view, make_exchange
-from simclr_ray.learn.kernels import CPU_TILE, KernelName, make_kernel
-from simclr_ray.learn.loss_input import check_images, check_temperature, describe, images_by_rank, refuse_nonfinite
-from simclr_ray.learn.tiles import RowSums
+from simclr_ray.learn.kernels import KernelName, make_kernel
+from simclr_ray.learn.loss_input import (
+    Told,
+    check_choice,
+    check_images,
+    check_matrix,
+    check_member,
+    check_temperature,
+    describe,
+    images_by_rank,
+    refuse_nonfinite,
+)
 
 Flavour = Literal["standard", "paper"]
 """`standard`: the mean of Algorithm 1. `paper`: twice that, as google-research/simclr adds both directions' means."""
 
-_SMALLEST_NORM = 1e-6
-"""Rows shorter than this count as dead: F.normalize's 1e-12 would hand them gradients of 1e11."""
 _RING_BYTES = 4 << 30
 """Above this size of all projections together, holding them is what hurts, and they go round instead."""
+_HALF_BYTES = 4 << 20
+"""From 8192 projections of 128 numbers on, computing pairs twice costs CPU ranks more than the traffic saved."""
 
 
 class NTXent(NamedTuple):
@@ -76,6 +86,7 @@ def nt_xent(
     temperature: float,
     *,
     group: ProcessGroup | None = None,
+    images: Sequence[int] | None = None,
     flavour: Flavour = "standard",
     exchange: Literal["auto"] | ExchangeName = "auto",
 ) -> Tensor:
@@ -95,6 +106,8 @@ def nt_xent(
         view_b: Projections of the second views, (n, D), of the same dtype and device.
         temperature: Divides the cosine similarities; finite, above 0, the same on all ranks.
         group: Ranks that share the global batch; None = all.
+        images: Rows n of every rank, in rank order, where the caller knows them. None asks the other ranks each time
+            and compares what must agree, which on a GPU makes the host wait for the device.
         flavour: "standard" is the mean of Algorithm 1, "paper" twice that, as Google's code has it.
         exchange: How ranks share projections, see `learn.exchange`; "auto" chooses. The result is the same.
 
@@ -102,10 +115,10 @@ def nt_xent(
         0-dim loss, in nats, differentiable once.
 
     Raises:
-        ConfigError: A temperature out of range, views that do not pair up, other columns, dtypes or temperatures on
-            another rank, or fewer than two images in the global batch. On all ranks alike, but for the first two.
-        NumericsError: A projection is not finite; names the ranks. Only on CPU: on a GPU looking would stall the
-            stream, and the loss is NaN there.
+        ConfigError: An argument that cannot be, or views that do not pair up: on the rank that has it. Other columns,
+            dtypes, temperatures or options on another rank, fewer than two images in the global batch: on all alike.
+        NumericsError: A projection is not finite; names the ranks, on all alike. Only on CPU: on a GPU the host would
+            have to wait, so there the loss is NaN, and `distributed_nt_xent` says on which rank.
 
     Example:
         >>> loss = simclr_ray.nt_xent(projector(encoder(a)), projector(encoder(b)), temperature=0.1)
@@ -119,9 +132,7 @@ def nt_xent(
             expected="two (n, D) tensors of one shape, dtype and device, row i of both from the same image",
         )
     z = torch.cat([view_a, view_b])
-    result = distributed_nt_xent(z, temperature, group, flavour=flavour, exchange=exchange)
-    if z.device.type == "cpu":
-        refuse_nonfinite(result.nonfinite_rows)
+    result = _nt_xent(z, temperature, group, images, flavour, exchange, None, "torch", refuse=z.device.type == "cpu")
     return result.loss
 
 
@@ -144,11 +155,12 @@ def distributed_nt_xent(
         z: This rank's projections, (2n, D), ordered [views a; views b]; need not be normalized; n may differ by rank.
         temperature: Divides the cosine similarities; finite and above 0; the same on all ranks.
         group: Ranks that share the global batch; None = all. Works without a process group, as one rank.
-        images: Images n of every rank, where the caller knows them. None asks the other ranks, and compares columns,
-            dtype and temperature with theirs; on a GPU that makes the host wait for the device.
+        images: Images n of every rank, where the caller knows them; then ranks trust each other, and either all or none
+            of them want a gradient. None asks the other ranks, and compares what must agree; on a GPU that makes the
+            host wait for the device.
         flavour: See `Flavour`.
         exchange: "gather", "half", "ring" (see `learn.exchange`), or "auto": ring above 4 GiB of projections, half on
-            CPUs from 8192 rows, else gather.
+            CPUs from 4 MiB (8192 rows of 128 numbers), else gather.
         tile: Rows and columns of a tile; None = 512 on a CPU, whose cache it fits, and 4096 on a GPU.
         kernel: "torch" runs anywhere. "triton" keeps tiles on the chip (`learn.triton_tiles`), on CUDA in float32 from
             temperature 1/70 on; not timed on a GPU yet, so nothing chooses it by itself.
@@ -159,21 +171,29 @@ def distributed_nt_xent(
     Raises:
         ConfigError: See `nt_xent`.
     """
+    return _nt_xent(z, temperature, group, images, flavour, exchange, tile, kernel, refuse=False)
+
+
+def _nt_xent(
+    z: Tensor, temperature: float, group: ProcessGroup | None, images: Sequence[int] | None, flavour: Flavour,
+    exchange: str, tile: int | None, kernel: KernelName, *, refuse: bool,
+) -> NTXent:  # fmt: skip
     check_temperature(temperature)
-    if z.dim() != 2 or not z.is_floating_point():
-        raise ConfigError(
-            "projections must be a floating-point matrix",
-            where="NT-Xent",
-            got=describe(z),
-            expected="(2n, D), [views a; views b]",
-        )
+    check_matrix(z)
+    check_choice("flavour", flavour, get_args(Flavour))
+    check_choice("exchange", exchange, ("auto", *get_args(ExchangeName)))
+    check_choice("kernel", kernel, get_args(KernelName))
+    if tile is not None and tile < 1:
+        raise ConfigError("a tile needs rows", where="NT-Xent", got=f"tile={tile}", expected="1 or more")
+    check_member(group)
     wants_gradient = torch.is_grad_enabled() and z.requires_grad
     loss, statistics, nonfinite, _ = _nt_xent_op(
         z, temperature, group_name(group), None if images is None else list(images), exchange, tile or 0,
-        2.0 if flavour == "paper" else 1.0, wants_gradient, kernel,
+        2.0 if flavour == "paper" else 1.0, wants_gradient, kernel, refuse,
     )  # fmt: skip
-    accuracy, entropy, positive, negative = statistics.unbind()
-    return NTXent(loss, accuracy, entropy, positive, negative, nonfinite)
+    # Detached, or who keeps them would keep the graph of the whole step.
+    accuracy, entropy, positive, negative = statistics.detach().unbind()
+    return NTXent(loss, accuracy, entropy, positive, negative, nonfinite.detach())
 
 
 # A custom op: opaque to torch.compile, so that a compiled training step calls it without a graph break, and one
@@ -181,19 +201,21 @@ def distributed_nt_xent(
 @torch.library.custom_op("simclr_ray::nt_xent", mutates_args=())
 def _nt_xent_op(
     z: Tensor, temperature: float, group: str, images: list[int] | None, exchange: str, tile: int, factor: float,
-    wants_gradient: bool, kernel: str,
+    wants_gradient: bool, kernel: str, refuse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss (), statistics (4,), non-finite rows by rank (W,), and d(W loss)/dz (2n, D); the last empty if unwanted."""
     with torch.no_grad(), torch.autocast(z.device.type, enabled=False), _full_precision_products():
-        return _forward(z, temperature, group_of(group), images, exchange, tile, factor, wants_gradient, kernel)  # type: ignore[arg-type]
+        return _forward(
+            z, temperature, group_of(group), images, exchange, tile, factor, wants_gradient, kernel, refuse=refuse
+        )
 
 
 @_nt_xent_op.register_fake
 def _(
     z: Tensor, temperature: float, group: str, images: list[int] | None, exchange: str, tile: int, factor: float,
-    wants_gradient: bool, kernel: str,
+    wants_gradient: bool, kernel: str, refuse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dtype = _compute_dtype(z)
+    dtype = compute_dtype(z)
     ranks = world_size(group_of(group))
     gradient = z.new_empty(z.shape if wants_gradient else (0,), dtype=dtype)
     return z.new_empty((), dtype=dtype), z.new_empty(4, dtype=dtype), z.new_empty(ranks, dtype=torch.float64), gradient
@@ -217,7 +239,7 @@ def _backward(
         )
     (gradient,) = ctx.saved_tensors
     of_z = None if of_loss is None else (gradient * of_loss).to(ctx.dtype)
-    return of_z, *[None] * 8
+    return of_z, *[None] * 9
 
 
 _nt_xent_op.register_autograd(_backward, setup_context=_setup_context)
@@ -225,22 +247,31 @@ _nt_xent_op.register_autograd(_backward, setup_context=_setup_context)
 
 def _forward(
     z: Tensor, temperature: float, group: ProcessGroup | None, images: Sequence[int] | None, exchange: str, tile: int,
-    factor: float, wants_gradient: bool, kernel_name: KernelName,
+    factor: float, wants_gradient: bool, kernel_name: str, *, refuse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    counts = images_by_rank(z, temperature, group) if images is None else list(images)
-    check_images(counts, len(z), rank(group))
+    if images is None:
+        told = Told(temperature, exchange, kernel_name, factor, wants_gradient)
+        counts, wants_gradient = images_by_rank(z, told, group)
+    else:
+        counts = list(images)
+    check_images(counts, len(z), rank(group), world_size(group))
     anchors, ranks = 2 * sum(counts), len(counts)
-    unit, norm = _normalize(z)  # (2, n, D), (2, n, 1)
+    unit, norm = normalize(z)  # (2, n, D), (2, n, 1)
     kernel = make_kernel(kernel_name, temperature, unit, tile)
-    way = make_exchange(_way(exchange, z.device, anchors, z.shape[1]), unit, counts, group)
+    way = make_exchange(
+        _way(exchange, z.device, ranks, anchors * z.shape[1] * unit.element_size()), unit, counts, group
+    )
+    unit = way.unit
 
     sums = kernel.new_sums(way.tracked, like=unit)
     kernel.add_own(unit, sums.images(way.own))
     for block in way.blocks():
         mirror = sums.images(block.images) if way.mirrored else None
         kernel.add_block(unit, block.columns, sums.images(way.own), mirror, block.quadrants)
-    facts = _facts(way.complete_sums(sums), unit, temperature, wide=kernel.wide)
-    loss, statistics, nonfinite = _global_numbers(facts, norm, unit, anchors, group)
+    facts = facts_of(way.complete_sums(sums), unit, temperature, wide=kernel.wide)
+    loss, statistics, nonfinite = global_numbers(facts, norm, unit, anchors, group)
+    if refuse:
+        refuse_nonfinite(nonfinite)
     loss, scale = loss * factor, factor * ranks / (anchors * temperature)
     if not wants_gradient:
         return loss.to(unit.dtype), statistics.to(unit.dtype), nonfinite, unit.new_empty(0)
@@ -255,121 +286,43 @@ def _forward(
             gradient[:, block.images] if way.mirrored else None, block.quadrants,
         )  # fmt: skip
     gradient = way.complete_gradient(gradient)
-    _finish_gradient(gradient, unit, _inverse(norm), facts.pull, scale)
+    finish_gradient(gradient, unit, norm, facts.pull, scale)
     return loss.to(unit.dtype), statistics.to(unit.dtype), nonfinite, gradient.flatten(0, 1)
 
 
-class _Facts(NamedTuple):
-    """What this rank's anchors add up to; (2, n) float64 unless said otherwise."""
-
-    losses: Tensor
-    hits: Tensor
-    entropy: Tensor
-    positive: Tensor
-    """(n,) cosine similarity of the two views."""
-    normalizer: Tensor
-    """In the projections' dtype; see `Kernel.own_gradient`."""
-    pull: Tensor
-    """(n,) in the projections' dtype: q of both views, with which an image's views attract each other."""
-
-
-def _facts(sums: RowSums, unit: Tensor, temperature: float, *, wide: bool) -> _Facts:
-    same, cross, cross_times_logit = sums.totals.unbind()
-    shift = sums.shift.double()
-    positive = _row_dots(unit[0], unit[1])  # (n,)
-    logit = (positive / temperature).double()
-    x = (same + cross).log() + shift - logit
-    losses = torch.logaddexp(x, x.new_zeros(()))  # softplus; F.softplus turns into x itself from 20 on
-    # Over the other view's B projections, the positive among them.
-    term = (logit - shift).exp()
-    candidates = cross + term
-    entropy = candidates.log() + shift - (cross_times_logit + logit * term) / candidates
-    # lse_i = s_positive + softplus(x_i), which keeps its precision where either part vanishes.
-    lse = logit + losses
-    return _Facts(
-        losses=losses,
-        hits=(positive / temperature > sums.hardest).double(),
-        entropy=entropy,
-        positive=positive.double(),
-        normalizer=(lse if wide else (-lse).exp()).to(unit.dtype),
-        pull=x.sigmoid().sum(dim=0).to(unit.dtype),
-    )
-
-
-def _global_numbers(
-    facts: _Facts, norm: Tensor, unit: Tensor, anchors: int, group: ProcessGroup | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, statistics (4,) in the order of `NTXent`, and non-finite rows by rank, from one small gather.
-
-    The negatives' mean similarity needs no look at the pairs: all similarities together are |sum of z|^2.
-    """
-    scalars = [
-        facts.losses.sum(),
-        facts.hits.sum(),
-        facts.entropy.sum(),
-        2 * facts.positive.sum(),
-        (_row_dots(unit[0], unit[0]) + _row_dots(unit[1], unit[1])).sum(dtype=torch.float64),
-        (~torch.isfinite(norm)).sum(dtype=torch.float64),
-    ]
-    mine = torch.cat([torch.stack(scalars), unit.sum(dim=(0, 1)).double()])
-    everyone = all_gather_equal(mine, group)  # (W, 6 + D); summed in rank order, so alike on all ranks to the bit
-    total = everyone.sum(dim=0)
-    loss, hits, entropy, positives, squares = (total[i] / anchors for i in range(5))
-    pairs = anchors * (anchors - 2)
-    negative = (total[6:].square().sum() - (squares + positives) * anchors) / pairs
-    return loss, torch.stack([hits, entropy, positives, negative]), everyone[:, 5].clone()
-
-
-def _finish_gradient(gradient: Tensor, unit: Tensor, inverse_norm: Tensor, pull: Tensor, scale: float) -> None:
-    """Add the positives' part to the sums over negatives, and go back through the normalization; in place."""
-    rows = max(1, CPU_TILE * CPU_TILE // max(1, unit.shape[2]))
-    for start in range(0, unit.shape[1], rows):  # in pieces, for the temporaries' sake
-        part = slice(start, start + rows)
-        for view in (0, 1):
-            piece, z = gradient[view, part], unit[view, part]
-            piece.addcmul_(pull[part, None], unit[1 - view, part], value=-1.0).mul_(scale)
-            piece.addcmul_(_row_dots(piece, z)[:, None], z, value=-1.0).mul_(inverse_norm[view, part])
-
-
-def _normalize(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit rows by view, (2, n, D), in float32 or wider, and |z|, (2, n, 1). NaN stays NaN, infinity becomes NaN."""
-    z = z.detach().to(_compute_dtype(z)).view(2, len(z) // 2, z.shape[1])
-    norm = torch.linalg.vector_norm(z, dim=2, keepdim=True)
-    return (z * _inverse(norm)).contiguous(), norm
-
-
-def _inverse(norm: Tensor) -> Tensor:
-    """1 / |z|, and 0 for dead rows: they become zero and get no gradient."""
-    return torch.where(norm < _SMALLEST_NORM, 0.0, 1.0 / norm.clamp_min(_SMALLEST_NORM))
-
-
-def _row_dots(x: Tensor, y: Tensor) -> Tensor:
-    """x_i . y_i of (n, D) each, without an (n, D) temporary."""
-    return torch.bmm(x.unsqueeze(1), y.unsqueeze(2)).flatten()
-
-
-def _compute_dtype(z: Tensor) -> torch.dtype:
-    return torch.float64 if z.dtype == torch.float64 else torch.float32
-
-
-def _way(exchange: str, device: torch.device, rows: int, dim: int) -> ExchangeName:
-    """Resolve "auto", by what is the same on every rank."""
+def _way(exchange: str, device: torch.device, ranks: int, num_bytes: int) -> ExchangeName:
+    """Resolve "auto", by what is the same on every rank; `num_bytes` are those of all projections together."""
     if exchange != "auto":
         return exchange  # type: ignore[return-value]
-    if rows * dim * 4 > _RING_BYTES:
+    if ranks == 1:
+        return "gather"
+    if num_bytes > _RING_BYTES:
         return "ring"
-    return "half" if device.type == "cpu" and rows >= 8192 else "gather"
+    return "half" if device.type == "cpu" and num_bytes >= _HALF_BYTES else "gather"
 
 
 @contextlib.contextmanager
 def _full_precision_products() -> Iterator[None]:
-    """Logits keep float32's precision: TF32 or bf16 products would move them by 5e-4 / temperature."""
-    before = torch.get_float32_matmul_precision()
-    if before == "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    """Logits keep float32's precision: TF32 or bf16 products would move them by 5e-4 / temperature.
+
+    The setting is the process's; a product that another thread makes meanwhile is as precise.
+    """
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        # torch refuses its older switch where a program has used these.
+        backends: Any = torch.backends
+        places = (backends.cuda.matmul, backends.mkldnn.matmul)
+        before = [place.fp32_precision for place in places]
+        try:
+            for place in places:
+                place.fp32_precision = "ieee"
+            yield
+        finally:
+            for place, precision in zip(places, before, strict=True):
+                place.fp32_precision = precision
+    else:
+        legacy = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(legacy)

@@ -37,20 +37,23 @@ class RowSums(NamedTuple):
     """What the rows have met so far, by view; updated in place, also through the slices that `images` gives."""
 
     totals: Tensor
-    """(3, 2, n) float64: sums of exp(s - shift) over negatives of the row's own view and of the other view, and of
-    s exp(s - shift) over those of the other view."""
+    """(3, 2, n) float64: sums of exp(s - shift[0]) over negatives of the row's own view, of exp(s - shift[1]) over
+    those of the other view, and of s exp(s - shift[1]) over the latter."""
     hardest: Tensor
     """(2, n): largest logit among the negatives of the other view."""
     shift: Tensor
-    """(2, n): zeros, or the running maximum of the logits where `wide`."""
+    """(2, 2, n): zeros, or the running maxima of the own view's and of the other view's logits where `wide`. Two,
+    because with one the view of the smaller logits would underflow, and the statistics look at one view only."""
 
     def images(self, images: slice) -> RowSums:
         """The same for some images only, sharing memory."""
-        return RowSums(self.totals[:, :, images], self.hardest[:, images], self.shift[:, images])
+        return RowSums(self.totals[:, :, images], self.hardest[:, images], self.shift[:, :, images])
 
     def rescale_(self, shift: Tensor) -> None:
-        """Move to another (2, n) shift."""
-        self.totals.mul_((self.shift - shift).double().exp())
+        """Move to another (2, 2, n) shift."""
+        factor = (self.shift - shift).double().exp()
+        self.totals[0].mul_(factor[0])
+        self.totals[1:].mul_(factor[1])
         self.shift.copy_(shift)
 
 
@@ -123,7 +126,7 @@ def block_tiles(
 
 
 class TorchTiles:
-    """`Kernel` in plain torch operations, for any device and dtype. Scratch is three tiles.
+    """`Kernel` in plain torch operations, for any device and dtype. Scratch is two tiles, three for the gradient.
 
     A tile costs tens of microseconds of Python; everything that can be cut into spans once is, outside the loops.
     """
@@ -133,14 +136,13 @@ class TorchTiles:
         self._inverse_temperature = 1.0 / temperature
         self._size = size
         self.wide = self._inverse_temperature > LARGEST_PLAIN_LOGIT
-        self._scratch: dict[tuple[int, int], list[Tensor]] = {}
-        self._memory: list[Tensor] = []
+        self._memory: dict[int, Tensor] = {}
 
     def new_sums(self, images: int, like: Tensor) -> RowSums:
         """See `Kernel`."""
         totals = like.new_zeros((3, 2, images), dtype=torch.float64)
         # No logit is smaller than -1/temperature, so a shift that starts there never makes inf - inf.
-        shift = like.new_full((2, images), -self._inverse_temperature if self.wide else 0.0)
+        shift = like.new_full((2, 2, images), -self._inverse_temperature if self.wide else 0.0)
         return RowSums(totals, like.new_full((2, images), -math.inf), shift)
 
     def add_own(self, rows: Tensor, sums: RowSums) -> None:
@@ -182,7 +184,8 @@ class TorchTiles:
     ) -> None:  # fmt: skip
         add = _add_wide if self.wide else _add_plain
         for tile in tiles:
-            logits, scratch, _ = self._logits(x[tile.row_view][tile.rows], y[tile.column_view][tile.columns])
+            logits = self._logits(x[tile.row_view][tile.rows], y[tile.column_view][tile.columns])
+            scratch = self._buffer(1, logits)
             receivers = [(1, row_lines[tile.row_view][tile.rows])]
             if tile.mirrored:
                 receivers.append((0, column_lines[tile.column_view][tile.columns]))
@@ -195,7 +198,8 @@ class TorchTiles:
         weigh = _weigh_wide if self.wide else _weigh_plain
         for tile in tiles:
             rows, columns = x[tile.row_view][tile.rows], y[tile.column_view][tile.columns]
-            logits, one, two = self._logits(rows, columns)
+            logits = self._logits(rows, columns)
+            one, two = self._buffer(1, logits), self._buffer(2, logits)
             w_i, w_j = row_w[tile.row_view][tile.rows].unsqueeze(1), column_w[tile.column_view][tile.columns]
             weights = weigh(logits, w_i, w_j, one, two)
             if tile.diagonal:
@@ -206,24 +210,25 @@ class TorchTiles:
                 target = dy[tile.column_view][tile.columns]
                 torch.addmm(target, weights.T, rows, out=target)
 
-    def _logits(self, rows: Tensor, columns: Tensor) -> list[Tensor]:
-        """Logits of a tile, (p, q), and two more buffers of its shape."""
-        shape = (len(rows), len(columns))
-        buffers = self._scratch.get(shape)
-        if buffers is None:
-            if not self._memory:
-                self._memory = [rows.new_empty(self._size * self._size) for _ in range(3)]
-            buffers = self._scratch[shape] = [memory[: shape[0] * shape[1]].view(shape) for memory in self._memory]
+    def _logits(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Logits of a tile, (p, q), in a buffer that the next call uses again."""
+        logits = self._buffer(0, rows[:1, :1].expand(len(rows), len(columns)))
         # beta = 0 ignores what the buffer held, also NaN.
-        torch.addmm(buffers[0], rows, columns.T, beta=0.0, alpha=self._inverse_temperature, out=buffers[0])
-        return buffers
+        return torch.addmm(logits, rows, columns.T, beta=0.0, alpha=self._inverse_temperature, out=logits)
+
+    def _buffer(self, number: int, like: Tensor) -> Tensor:
+        """One of the tiles' buffers, in the shape, dtype and device of `like`; as large as the largest tile so far."""
+        memory = self._memory.get(number)
+        if memory is None or len(memory) < like.numel():
+            memory = self._memory[number] = like.new_empty(like.numel())
+        return memory[: like.numel()].view(like.shape)
 
     def _spans(self, x: Tensor) -> list[list[Tensor]]:
         """Views of x (2, n, ...) in spans of the tile's size, by view; none where n is 0."""
         return [list(view.split(self._size)) if len(view) else [] for view in x]
 
     def _lines(self, sums: RowSums) -> list[list[_Line]]:
-        parts = [self._spans(total) for total in sums.totals] + [self._spans(sums.hardest), self._spans(sums.shift)]
+        parts = [self._spans(part) for part in (*sums.totals, sums.hardest, *sums.shift)]
         return [[_Line(*pieces) for pieces in zip(*(part[view] for part in parts), strict=True)] for view in (0, 1)]
 
 
@@ -234,7 +239,8 @@ class _Line(NamedTuple):
     cross: Tensor
     cross_times_logit: Tensor
     hardest: Tensor
-    shift: Tensor
+    same_shift: Tensor
+    cross_shift: Tensor
 
 
 _Receivers = Sequence[tuple[int, _Line]]
@@ -267,18 +273,20 @@ def _add_wide(logits: Tensor, scratch: Tensor, receivers: _Receivers, *, cross: 
         logits.fill_diagonal_(-math.inf)
     for dim, line in receivers:
         peak = logits.amax(dim)
-        shift = torch.maximum(line.shift, peak)
-        shrink = (line.shift - shift).double().exp_()
-        line.shift.copy_(shift)
-        terms = torch.sub(logits, shift.unsqueeze(dim), out=scratch).exp_()
-        line.same.mul_(shrink)
-        line.cross.mul_(shrink)
-        line.cross_times_logit.mul_(shrink)
-        (line.cross if cross else line.same).add_(terms.sum(dim))
-        if cross:
-            torch.maximum(line.hardest, peak, out=line.hardest)
-            terms.mul_(logits.clamp_min(-3.0e38))  # the diagonal's -inf times its term's 0 must be 0
-            line.cross_times_logit.add_(terms.sum(dim))
+        running = line.cross_shift if cross else line.same_shift
+        shift = torch.maximum(running, peak)
+        shrink = (running - shift).double().exp_()
+        running.copy_(shift)
+        torch.sub(logits, shift.unsqueeze(dim), out=scratch).exp_()
+        if not cross:
+            line.same.mul_(shrink).add_(scratch.sum(dim))
+            continue
+        torch.maximum(line.hardest, peak, out=line.hardest)
+        line.cross.mul_(shrink).add_(scratch.sum(dim))
+        scratch.mul_(logits)
+        if diagonal:
+            scratch.fill_diagonal_(0.0)  # for 0 * -inf
+        line.cross_times_logit.mul_(shrink).add_(scratch.sum(dim))
 
 
 def _weigh_plain(logits: Tensor, w_i: Tensor, w_j: Tensor, one: Tensor, two: Tensor) -> Tensor:

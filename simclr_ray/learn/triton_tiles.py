@@ -72,7 +72,7 @@ class TritonTiles:
     def new_sums(self, images: int, like: Tensor) -> RowSums:
         """See `Kernel`."""
         totals = like.new_zeros((3, 2, images), dtype=torch.float64)
-        return RowSums(totals, like.new_full((2, images), -math.inf), like.new_zeros((2, images)))
+        return RowSums(totals, like.new_full((2, images), -math.inf), like.new_zeros((2, 2, images)))
 
     def add_own(self, rows: Tensor, sums: RowSums) -> None:
         """See `Kernel`."""

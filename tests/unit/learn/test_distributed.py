@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -19,12 +21,13 @@ from simclr_ray.collectives import (
     all_gather_rows,
     all_reduce_sum,
     rank,
-    reduce_scatter_rows,
+    reduce_scatter_rows_,
     ring,
     world_size,
 )
 from simclr_ray.errors import ConfigError, NumericsError
 from simclr_ray.learn import nt_xent as production
+from simclr_ray.learn.exchange import Half
 from simclr_ray.learn.micro_batch import backward_in_micro_batches
 from simclr_ray.learn.nt_xent import distributed_nt_xent
 from simclr_ray.learn.reference import nt_xent
@@ -106,7 +109,25 @@ def projections_and_gradients(shares: list[int], dtype: torch.dtype, temperature
         mine = whole_projections().to(dtype).split(shares, dim=1)[rank()].flatten(0, 1).requires_grad_()
         result = distributed_nt_xent(mine, temperature, exchange=exchange, tile=2)
         result.loss.backward()
-        out.append((result.loss.detach(), mine.grad / world_size()))
+        out.append((result.loss.detach(), mine.grad / world_size(), [float(value) for value in result[1:5]]))
+    return out
+
+
+def in_a_group_of_the_last_ranks() -> list[tuple[Tensor, Tensor]] | str:
+    """All but rank 0, and one of them without images and without a wish for a gradient: it helps all the same."""
+    ranks = list(range(1, world_size()))
+    group = dist.new_group(ranks)
+    if rank() == 0:
+        return refusal(torch.randn(4, 4), group=group)
+    shares = [6, *[0] * (len(ranks) - 1)]
+    out = []
+    for exchange in EXCHANGES:
+        mine = whole_projections().split(shares, dim=1)[rank() - 1].flatten(0, 1)
+        mine.requires_grad_(len(mine) > 0)
+        result = distributed_nt_xent(mine, TEMPERATURE, group, exchange=exchange, tile=2)
+        if len(mine):
+            result.loss.backward()
+        out.append((result.loss.detach(), mine.grad if len(mine) else mine))
     return out
 
 
@@ -152,7 +173,7 @@ def collectives_of_each_pass(shares: list[int]) -> list[tuple[int, int]]:
     for exchange in EXCHANGES:
         mine = whole_projections().split(shares, dim=1)[rank()].flatten(0, 1).requires_grad_()
         with Collectives() as forward:  # the custom op is opaque to the mode, what is inside it is not
-            production._forward(mine.detach(), TEMPERATURE, None, shares, exchange, 2, 1.0, True, "torch")
+            production._forward(mine.detach(), TEMPERATURE, None, shares, exchange, 2, 1.0, True, "torch", refuse=False)
         result = distributed_nt_xent(mine, TEMPERATURE, exchange=exchange, images=shares)
         with Collectives() as backward:
             result.loss.backward()
@@ -190,10 +211,12 @@ def fresh_norm(momentum: float | None = 0.1) -> nn.BatchNorm2d:
 def rows_around(shares: list[int]) -> dict[str, Any]:
     """What the collectives bring to each rank of rows 0 to 5."""
     x = torch.arange(6.0).split(shares)[rank()].unsqueeze(1)
+    scattered = torch.arange(6.0).unsqueeze(1) * (rank() + 1)
+    reduce_scatter_rows_(scattered, shares)
     return {
         "gathered": all_gather_rows(x, shares),
         "ring": [(owner, block.clone()) for owner, block in ring(x, shares)],
-        "scattered": reduce_scatter_rows(torch.arange(6.0).unsqueeze(1) * (rank() + 1), shares),
+        "scattered": scattered.split(shares)[rank()],
     }
 
 
@@ -205,9 +228,9 @@ def odd_rows(rows: int) -> str:
     return "accepted"
 
 
-def refusal(z: Tensor, temperature: float = TEMPERATURE) -> str:
+def refusal(z: Tensor, temperature: float = TEMPERATURE, **options: Any) -> str:
     try:
-        simclr_ray.nt_xent(*z.tensor_split(2), temperature)
+        simclr_ray.nt_xent(*z.tensor_split(2), temperature, **options)
     except (ConfigError, NumericsError) as error:
         return str(error)
     return "accepted"
@@ -243,6 +266,9 @@ def all_cases() -> dict[str, Any]:
         "one image": refusal(torch.randn(2 if last else 0, 4)),
         "dimensions": refusal(torch.randn(4, 3 if last else 4)),
         "dtypes": refusal(torch.randn(4, 4, dtype=torch.bfloat16 if last else torch.float32)),
+        "exchanges": refusal(torch.randn(4, 4), exchange="ring" if last else "half"),
+        "flavours": refusal(torch.randn(4, 4), flavour="paper" if last else "standard"),
+        "group": in_a_group_of_the_last_ranks() if everyone > 1 else None,
         "temperatures": refusal(torch.randn(4, 4), 0.3 if last else 0.2),
         "nan": distributed_nt_xent(nan_here, TEMPERATURE).loss,
         "nan rows": distributed_nt_xent(nan_here, TEMPERATURE).nonfinite_rows,
@@ -302,11 +328,51 @@ def test_gradients_of_projections_are_those_of_one_process(results, ranks, case,
     if temperature < 0.1 and dtype == torch.float32:
         bound = 1e-4  # logits of up to 200 carry float32's rounding
     for outcomes in zip(*(result["projections"][case, dtype, temperature] for result in results[ranks]), strict=True):
-        assert all(torch.equal(value, outcomes[0][0]) for value, _ in outcomes)
+        assert all(torch.equal(value, outcomes[0][0]) for value, _, _ in outcomes)
+        assert all(statistics == outcomes[0][2] for _, _, statistics in outcomes)
+        alone = distributed_nt_xent(whole_projections().to(dtype).flatten(0, 1), temperature)
+        assert outcomes[0][2] == pytest.approx([float(value) for value in alone[1:5]], rel=max(bound, 1e-6), abs=1e-6)
         assert relative_error(outcomes[0][0], loss.detach()) < max(bound, 1e-6 if dtype != torch.float64 else 0)
-        grad = torch.cat([grad.view(2, len(grad) // 2, 5) for _, grad in outcomes], dim=1).flatten(0, 1)
+        grad = torch.cat([grad.view(2, len(grad) // 2, 5) for _, grad, _ in outcomes], dim=1).flatten(0, 1)
         assert grad.dtype == dtype
         assert relative_error(grad, whole.grad) < bound
+
+
+@pytest.mark.parametrize("ranks", [ranks for ranks in SHARES if ranks > 1])
+def test_a_group_of_some_ranks_is_a_world_of_its_own(results, ranks):
+    outsider, *members = (result["group"] for result in results[ranks])
+    assert "not a member of the group" in outsider
+    whole = whole_projections().flatten(0, 1).requires_grad_()
+    loss = nt_xent(whole, TEMPERATURE)
+    loss.backward()
+    for exchange in range(len(EXCHANGES)):
+        for place, member in enumerate(members):
+            close(member[exchange][0], loss.detach())
+            if place == 0:  # the rank that has all the images
+                close(member[exchange][1] / (ranks - 1), whole.grad, atol=1e-12)
+
+
+class OneOfMany(Half):
+    """A rank's part of the half plan, without the ranks."""
+
+    def __init__(self, own: int, counts: list[int]) -> None:
+        self._counts, self._rank = counts, own
+        self._columns = torch.zeros(2, sum(counts), 1)
+        self._mine = slice(sum(counts[:own]), sum(counts[: own + 1]))
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=9))
+def test_half_takes_every_pair_of_ranks_once(counts):
+    images, owner = sum(counts), [r for r, count in enumerate(counts) for _ in range(count)]
+    taken = torch.zeros(2, images, 2, images, dtype=torch.int64)
+    for own in range(len(counts)):
+        part = OneOfMany(own, counts)
+        for block in part.blocks():
+            for row_view, column_view in block.quadrants:
+                taken[row_view, part._mine, column_view, block.images] += 1
+    both_ways = taken + taken.permute(2, 3, 0, 1)
+    apart = torch.tensor(owner)[:, None] != torch.tensor(owner)[None, :]
+    assert torch.equal(both_ways, apart.long()[None, :, None, :].expand(2, images, 2, images))
 
 
 @pytest.mark.parametrize("ranks", SHARES)
@@ -406,7 +472,7 @@ def test_ranks_answer_alike(results, ranks):
         assert torch.isnan(result["nan"])
         assert result["nan rows"].tolist() == [0] * (ranks - 1) + [4]
         assert f"4 non-finite projections on rank {ranks - 1}" in result["nan refused"]
-        for what in ("dimensions", "dtypes", "temperatures"):
+        for what in ("dimensions", "dtypes", "temperatures", "exchanges", "flavours"):
             assert ("accepted" if ranks == 1 else f"different {what}") in result[what]
         assert result["channels last"]
 
@@ -415,7 +481,8 @@ def test_without_a_process_group_the_world_is_one_rank():
     x = torch.ones(3, 2, requires_grad=True)
     assert (world_size(), rank()) == (1, 0)
     assert torch.equal(all_gather_rows(x, [3]), x)
-    assert reduce_scatter_rows(x, [3]) is x
+    reduce_scatter_rows_(x.detach(), [3])
+    assert torch.equal(x, torch.ones(3, 2))
     assert list(ring(x, [3])) == []
     assert all_reduce_sum(x) is x
     assert agree_any(True, None, torch.device("cpu"))

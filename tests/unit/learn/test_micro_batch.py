@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from simclr_ray.learn.micro_batch import backward_in_micro_batches
 from simclr_ray.learn.nt_xent import distributed_nt_xent
-from simclr_ray.model.batch_norm import batch_norms
+from simclr_ray.model.batch_norm import batch_norms, calibrating
 
 TEMPERATURE = 0.2
 
@@ -105,3 +105,17 @@ def test_gradients_are_added_to_those_that_are_there():
     cached(model, [2, 2])
     for once, twice in zip(first, gradients(model), strict=True):
         torch.testing.assert_close(twice, 2 * once)
+
+
+def test_calibration_leaves_the_mean_of_the_batches_statistics_and_freezes_them():
+    model = network("norm").train()
+    norm = batch_norms(model)[0]
+    model(views(3).flatten(0, 1))  # whatever was there before is forgotten
+    batches = [views(5).flatten(0, 1), 2 + views(7).flatten(0, 1)]
+    with calibrating(model):
+        for batch in batches:
+            model(batch)
+    inputs = [model[0](batch).detach() for batch in batches]
+    torch.testing.assert_close(norm.running_mean, torch.stack([x.mean(dim=0) for x in inputs]).mean(dim=0))
+    torch.testing.assert_close(norm.running_var, torch.stack([x.var(dim=0) for x in inputs]).mean(dim=0))
+    assert (norm.momentum, norm.training, model.training) == (0.1, False, True)

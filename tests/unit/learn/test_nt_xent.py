@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -92,6 +93,57 @@ def test_plain_and_running_sums_have_the_same_statistics(temperature, monkeypatc
         torch.testing.assert_close(getattr(running, name), getattr(plain, name), rtol=1e-11, atol=1e-12)
 
 
+def seen_apart(images: int) -> Tensor:
+    """Within a view all alike, across views not at all: the two views' logits live on different scales."""
+    z = projections(images, 8, dtype=torch.float64)
+    z[:, 0] += torch.tensor([6.0, -6.0]).repeat_interleave(images)
+    return z
+
+
+@pytest.mark.parametrize("z", [projections(16, 8), seen_apart(16)], ids=["anywhere", "views apart"])
+@pytest.mark.parametrize("temperature", [0.1, 0.0142, 0.01, 0.002, 0.0005])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_entropy_is_right_at_small_temperatures(z, temperature, dtype):
+    unit = torch.nn.functional.normalize(z.to(dtype).double())
+    cosine = unit @ unit.T
+    cross = torch.distributions.Categorical(logits=torch.cat([cosine[:16, 16:], cosine[16:, :16]]) / temperature)
+    result = distributed_nt_xent(z.to(dtype), temperature, tile=5)
+    error = 1e-9 if dtype == torch.float64 else 1e-5 / temperature
+    assert float(result.entropy) == pytest.approx(float(cross.entropy().mean()), rel=error, abs=error * 0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_collapse_is_a_tie_and_no_hit(dtype):
+    for seed in range(10):
+        row = projections(1, 128, seed)[:1]
+        assert float(distributed_nt_xent(row.repeat(64, 1).to(dtype), 0.1).accuracy) == 0.0
+
+
+def test_statistics_keep_no_graph():
+    result = distributed_nt_xent(projections(4, 3).requires_grad_(), 0.1)
+    assert result.loss.requires_grad
+    assert not any(value.requires_grad for value in result[1:])
+
+
+def test_auto_chooses_by_what_all_ranks_know():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    large, small = 5 << 30, 1 << 20
+    assert production._way("auto", cpu, 1, large) == production._way("auto", gpu, 1, large) == "gather"
+    assert production._way("auto", cpu, 2, large) == production._way("auto", gpu, 2, large) == "ring"
+    assert production._way("auto", cpu, 2, 4 << 20) == "half"
+    assert production._way("auto", cpu, 2, small) == production._way("auto", gpu, 2, 4 << 20) == "gather"
+    assert production._way("half", gpu, 2, large) == "half"
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.01])
+def test_the_host_never_waits_for_a_gpu(temperature):
+    """A fake CUDA tensor has no values, so reading one raises."""
+    with FakeTensorMode():
+        z = torch.empty(40, 8, device="cuda")
+        outputs = production._forward(z, temperature, None, [20], "auto", 8, 1.0, True, "torch", refuse=False)
+    assert {output.device.type for output in outputs} == {"cuda"}
+
+
 def test_flavour_paper_is_twice_the_loss_and_its_gradient():
     z = projections(5, 4)
     loss, grad = gradient(lambda z: distributed_nt_xent(z, 0.2).loss, z)
@@ -113,20 +165,22 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_no_tensor_grows_with_the_square_of_the_batch():
+@pytest.mark.parametrize("temperature", [0.5, 0.01])
+def test_no_tensor_grows_with_the_square_of_the_batch(temperature):
     for images in (64, 256):
+        z = projections(images, 8)
         with Largest() as largest:
-            production._forward(projections(images, 8), 0.5, None, None, "auto", 16, 1.0, True, "torch")
+            production._forward(z, temperature, None, None, "auto", 16, 1.0, True, "torch", refuse=False)
         assert largest.numel == 2 * images * 8  # rows x D; a tile is 256, the matrix 16 K and 262 K
 
 
 def test_symmetry_saves_a_third_of_the_products():
     z = projections(256, 32)
     with FlopCounterMode(display=False) as counter:
-        production._forward(z, 0.5, None, None, "auto", 32, 1.0, True, "torch")
+        production._forward(z, 0.5, None, None, "auto", 32, 1.0, True, "torch", refuse=False)
     assert counter.get_total_flops() <= 4.2 * len(z) ** 2 * 32  # 6 by row against column
     with FlopCounterMode(display=False) as counter:
-        production._forward(z, 0.5, None, None, "auto", 32, 1.0, False, "torch")
+        production._forward(z, 0.5, None, None, "auto", 32, 1.0, False, "torch", refuse=False)
     assert counter.get_total_flops() <= 1.1 * len(z) ** 2 * 32  # no gradient is made that nobody wants
 
 
@@ -214,13 +268,47 @@ def test_small_temperatures_are_finite_and_right(dtype, temperature):
     assert float((grad.double() - exact_grad).norm() / exact_grad.norm()) < (1e-3 if dtype == torch.float32 else 1e-2)
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 3e4, 1e15])
+def test_scratch_is_no_larger_than_the_batch():
+    with Largest() as largest:
+        production._forward(projections(5, 8), 0.5, None, None, "auto", 4096, 1.0, True, "torch", refuse=False)
+    assert largest.numel < 200
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 3e4, 1e15, 1e25, 1e37])
 def test_lengths_that_bfloat16_can_hold_are_no_trouble(scale):
     z = (scale * projections(8, 16, dtype=torch.float32)).bfloat16()
     loss, grad = gradient(lambda z: distributed_nt_xent(z, 0.01).loss, z)
     exact, _ = gradient(lambda z: nt_xent(z, 0.01), z.double())
     torch.testing.assert_close(loss.double(), exact, rtol=1e-4, atol=1e-4)
     assert torch.isfinite(grad).all()
+    assert distributed_nt_xent(z, 0.01).nonfinite_rows.tolist() == [0]
+
+
+PRECISIONS = """
+import torch
+from simclr_ray.learn.nt_xent import distributed_nt_xent
+
+
+def gradient():
+    z = torch.randn(128, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    distributed_nt_xent(z, 0.05).loss.backward()
+    return z.grad
+
+
+expected = gradient()
+backends = torch.backends
+for place, value in ((backends.cuda.matmul, "tf32"), (backends.mkldnn.matmul, "bf16"), (backends, "tf32")):
+    if hasattr(place, "fp32_precision"):
+        before = place.fp32_precision
+        place.fp32_precision = value
+        assert torch.equal(gradient(), expected), value
+        assert place.fp32_precision == value, place.fp32_precision
+        place.fp32_precision = before
+"""
+
+
+def test_newer_precision_switches_are_not_inherited_either():
+    subprocess.run([sys.executable, "-c", PRECISIONS], check=True, timeout=120)
 
 
 def test_reduced_matrix_precision_is_not_inherited():
@@ -297,6 +385,30 @@ class TestRefusals:
         with pytest.raises(ConfigError, match=r"loss\.temperature"):
             distributed_nt_xent(projections(4, 8), temperature)
 
+    @pytest.mark.parametrize("temperature", [torch.tensor(0.1), "0.1", True])
+    def test_a_temperature_that_is_no_number(self, temperature):
+        with pytest.raises(ConfigError, match="must be a Python number"):
+            distributed_nt_xent(projections(4, 8), temperature)
+
+    def test_a_temperature_whose_inverse_float32_cannot_hold(self):
+        with pytest.raises(ConfigError, match="a finite number above 0"):
+            distributed_nt_xent(projections(4, 8), 1e-45)
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({"flavour": "Paper"}, "unknown flavour.*standard or paper"),
+            ({"exchange": "rings"}, "unknown exchange.*auto or gather or half or ring"),
+            ({"kernel": "tritn"}, "unknown kernel.*torch or triton"),
+            ({"tile": -3}, "tile=-3"),
+            ({"images": [2, 2]}, "images announced do not fit the ranks.*1 numbers"),
+            ({"group": -100}, "not a member of the group"),
+        ],
+    )
+    def test_options_that_do_not_exist(self, options, words):
+        with pytest.raises(ConfigError, match=words):
+            distributed_nt_xent(projections(4, 8), 0.1, **options)
+
     def test_odd_rows(self):
         with pytest.raises(ConfigError, match="view pairs"):
             distributed_nt_xent(projections(4, 8)[:-1], 0.1)
@@ -350,13 +462,17 @@ class TestInAnyTorchProgram:
     def test_a_compiled_step_calls_it_without_a_graph_break(self):
         layer = torch.nn.Linear(8, 6).double()
 
-        def step(x: Tensor) -> Tensor:
-            return simclr_ray.learn.nt_xent.distributed_nt_xent(layer(x), 0.2).loss
+        def inner(x: Tensor) -> Tensor:
+            return production.distributed_nt_xent(layer(x), 0.2).loss
+
+        def public(x: Tensor) -> Tensor:
+            return production.nt_xent(*layer(x).chunk(2), 0.2)
 
         x = projections(5, 8)
-        expected = torch.autograd.grad(step(x), layer.weight)[0]
-        compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
-        torch.testing.assert_close(torch.autograd.grad(compiled(x), layer.weight)[0], expected)
+        for step in (inner, public):
+            expected = torch.autograd.grad(step(x), layer.weight)[0]
+            compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+            torch.testing.assert_close(torch.autograd.grad(compiled(x), layer.weight)[0], expected)
 
     def test_it_needs_no_ray(self):
         code = (

@@ -1,0 +1,18 @@
+"""How a step's loss follows from the config. What a worker does with it is in tests/integration/test_pretrain.py."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from simclr_ray.configure import load_config
+from simclr_ray.train.batches import StepBatch
+from simclr_ray.train.worker import _loss
+
+
+def test_the_loss_is_the_config_s_and_trusts_the_plan_after_the_first_step() -> None:
+    values = {"temperature": 0.3, "flavour": "paper", "exchange": "ring", "kernel": "triton"}
+    config = load_config({"loss": values})
+    batch = StepBatch(3, torch.zeros(8), np.zeros(8), (4, 4), (8, 16), (), 0.0)
+    assert _loss(config, batch, first=False).keywords == values | {"images": (8, 16)}  # type: ignore[attr-defined]
+    assert _loss(config, batch, first=True).keywords == values | {"images": None}  # type: ignore[attr-defined]
