@@ -61,8 +61,12 @@ class DataConfig(Section):
 class ViewsConfig(Section):
     """Augmentation policy: a preset, and what differs from it."""
 
-    preset: Literal["imagenet", "cifar"] = "imagenet"
-    """`imagenet`: 224 px, strength 1, blur. `cifar`: 32 px, strength 0.5, no blur (SimCLR B.9)."""
+    preset: Literal["imagenet", "imagenet-broad", "cifar"] = "imagenet"
+    """`imagenet`: 224 px, strength 1, blur. `imagenet-broad`: solarizes too. `cifar`: 32 px, strength 0.5, no blur
+    (SimCLR B.9)."""
+    flavour: Literal["torchvision", "paper"] = "torchvision"
+    """`torchvision`: what PyTorch's results used. `paper`: the operations of Google's code (contrast by channel,
+    saturation in HSV, bicubic without antialiasing, no normalisation)."""
     size: Annotated[int, Ge(8), Le(1024)] | None = None
     """Side of a view in pixels; null takes the preset's."""
     strength: Annotated[float, Ge(0), Le(2)] | None = None
@@ -77,6 +81,8 @@ class ViewsConfig(Section):
     """Probability that a view loses its colour; null takes the preset's 0.2."""
     blur_probability: Fraction | None = None
     """Probability of a Gaussian blur; null takes the preset's."""
+    solarize_probability: Fraction | None = None
+    """Probability that levels from 128 up are inverted, last of all; null takes the preset's."""
 
 
 class ModelConfig(Section):

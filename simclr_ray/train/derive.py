@@ -99,13 +99,21 @@ def derive(config: Config, manifest: Manifest) -> Derived:
     )
 
 
+COPIED_PROBABILITIES = (
+    "flip_probability",
+    "jitter_probability",
+    "grayscale_probability",
+    "blur_probability",
+    "solarize_probability",
+)
+"""Settings of `views` that replace the policy's number of the same name."""
+
+
 def policy_of(views: ViewsConfig) -> Policy:
     """The augmentation policy: the preset, with what the config sets on top of it."""
-    policy = preset(views.preset, size=views.size, strength=views.strength)
+    policy = preset(views.preset, flavour=views.flavour, size=views.size, strength=views.strength)
     changes: dict[str, Any] = {
-        name: getattr(views, name)
-        for name in ("flip_probability", "jitter_probability", "grayscale_probability", "blur_probability")
-        if getattr(views, name) is not None
+        name: getattr(views, name) for name in COPIED_PROBABILITIES if getattr(views, name) is not None
     }
     if views.crop_scale_min is not None:
         changes["crop_scale"] = (views.crop_scale_min, policy.crop_scale[1])

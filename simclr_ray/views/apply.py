@@ -16,7 +16,8 @@ from torch import Tensor
 
 from simclr_ray.views.colour import colour
 from simclr_ray.views.draw import Draws
-from simclr_ray.views.policy import Interpolation, Policy
+from simclr_ray.views.policy import Policy
+from simclr_ray.views.resize import resize_keys
 
 __all__ = ["Image", "central_view", "colour", "crop", "normalise", "two_views"]
 
@@ -40,7 +41,7 @@ def two_views(images: Sequence[Image], draws: Draws, policy: Policy) -> Image:
 
 
 def crop(images: Sequence[Image], draws: Draws, policy: Policy) -> Image:
-    """Crop, resize (antialiased) and flip as drawn, colours untouched. Shapes as in `two_views`."""
+    """Crop, resize and flip as drawn, colours untouched. Shapes as in `two_views`."""
     n, views = draws.shape
     assert len(images) == n, (len(images), n)
     out = np.empty((n, views, policy.size, policy.size, 3), dtype=np.uint8)
@@ -49,7 +50,7 @@ def crop(images: Sequence[Image], draws: Draws, policy: Policy) -> Image:
     for image, image_boxes, flips, image_out in zip(images, boxes, draws.flip.tolist(), out, strict=True):
         pixels = _tensor(image)
         for view, (box, flip) in enumerate(zip(image_boxes, flips, strict=True)):
-            resized = _resize(pixels, box, policy.size, policy.interpolation)
+            resized = _resize(pixels, box, policy)
             image_out[view] = resized[:, ::-1] if flip else resized
     return out
 
@@ -59,7 +60,7 @@ def central_view(images: Sequence[Image], policy: Policy) -> Image:
 
     Args:
         images: n decoded images, (H, W, 3) uint8, of any sizes.
-        policy: Its `size`, `interpolation` and `central_fraction` count.
+        policy: Its `size`, `flavour`, `interpolation` and `central_fraction` count.
 
     Returns:
         (n, S, S, 3) uint8. A square image of the right size comes back as it is if the fraction is 1.
@@ -70,7 +71,7 @@ def central_view(images: Sequence[Image], policy: Policy) -> Image:
         side = max(1, round(min(height, width) * policy.central_fraction))
         # Half a pixel too much goes to the top and left, as in Google's data_util.center_crop.
         box = ((height - side + 1) // 2, (width - side + 1) // 2, side, side)
-        out[i] = _resize(_tensor(image), box, policy.size, policy.interpolation)
+        out[i] = _resize(_tensor(image), box, policy)
     return out
 
 
@@ -102,13 +103,23 @@ def _tensor(image: Image) -> Tensor:
     return torch.from_numpy(image if image.flags.writeable else image.copy())[None]
 
 
-def _resize(image: Tensor, box: Sequence[int], size: int, interpolation: Interpolation) -> Image:
-    """Resize a box (top, left, height, width) of a (1, H, W, 3) image to (size, size, 3), antialiased."""
+def _resize(image: Tensor, box: Sequence[int], policy: Policy) -> Image:
+    """Resize a box (top, left, height, width) of a (1, H, W, 3) image to (S, S, 3), as the policy's flavour does."""
     top, left, height, width = box
     assert min(top, left) >= 0, box
     assert top + height <= image.shape[1], (box, image.shape)
     assert left + width <= image.shape[2], (box, image.shape)
-    pixels = image[:, top : top + height, left : left + width].permute(0, 3, 1, 2)
-    resized = F.interpolate(pixels, size=(size, size), mode=interpolation, antialias=True, align_corners=False)
+    pixels = image[:, top : top + height, left : left + width]
+    if policy.flavour == "paper":
+        assert policy.interpolation == "bicubic", policy.interpolation
+        keys: Image = resize_keys(pixels[0], policy.size).numpy()
+        return keys
+    resized = F.interpolate(
+        pixels.permute(0, 3, 1, 2),
+        size=(policy.size, policy.size),
+        mode=policy.interpolation,
+        antialias=True,
+        align_corners=False,
+    )
     view: Image = resized[0].permute(1, 2, 0).numpy()
     return view

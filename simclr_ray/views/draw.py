@@ -5,7 +5,17 @@ size, and of nothing else. Batches, their order, ranks, processes and retries ca
 
 The address is the input of a counter-based generator (`philox.py`): the seed is the key; the counter holds the
 sample id (two words), the epoch, and the view with the number of the block of four words. Which word feeds which
-parameter is fixed by `_WORDS`; changing that table changes every run that was ever started.
+parameter is fixed for good; changing it would change every run that was ever started:
+
+    blocks 0 to 2     `_WORDS`, one word a parameter
+    blocks 3 to 7     area and ratio of the crop's attempts 0 and 1, 2 and 3, ..., 8 and 9
+    block 8           solarize, then three words that feed nothing yet
+    blocks 9 to 15    nothing yet: for parameters to come
+    blocks 16 to 60   attempts 10 and 11, ..., 98 and 99, of flavour `paper` alone
+
+Blocks after the seventh are computed only where they count: block 8 if the policy solarizes, the last row only for
+views that have no crop after ten attempts. What is not computed is not skipped either: each block stands at its own
+address.
 """
 
 from __future__ import annotations
@@ -18,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from simclr_ray.errors import ConfigError
-from simclr_ray.philox import key_of, philox4x32, uniforms
+from simclr_ray.philox import UInt32Array, key_of, philox4x32, uniforms
 from simclr_ray.views.policy import Policy
 
 Ints = npt.NDArray[np.int32]
@@ -26,6 +36,7 @@ Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
 
 ATTEMPTS: Final = 10  # torchvision's RandomResizedCrop.get_params
+PAPER_ATTEMPTS: Final = 100  # Google's data_util.distorted_bounding_box_crop(max_attempts=100)
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the numbers in `Draws.order`, as in torchvision's ColorJitter
 _ORDERS: Final = np.array(list(itertools.permutations(range(4))), dtype=np.int8)  # (24, 4)
 
@@ -44,9 +55,10 @@ _WORDS: Final = {
     "left": 11,
 }
 _FIRST_ATTEMPT: Final = len(_WORDS)  # then area and ratio of attempt 0, of attempt 1, ...
-_NUM_WORDS: Final = _FIRST_ATTEMPT + 2 * ATTEMPTS
-_BLOCKS: Final = _NUM_WORDS // 4
-assert _NUM_WORDS % 4 == 0
+_SOLARIZE: Final = _FIRST_ATTEMPT + 2 * ATTEMPTS
+_BLOCKS: Final = _SOLARIZE // 4  # as many as every policy needs
+_MORE_ATTEMPTS: Final = 16  # block of attempt ATTEMPTS
+assert _SOLARIZE % 4 == 0
 
 
 @dataclass(frozen=True)
@@ -81,9 +93,11 @@ class Draws:
     grayscale: Bools
     """Drop the colour."""
     blur: Bools
-    """Blur at the end."""
+    """Blur after the colours."""
     sigma: Floats
     """Standard deviation of the blur, in pixels of the view."""
+    solarize: Bools
+    """Invert the bright values, last of all."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -133,12 +147,15 @@ def draw(
     n = len(sample_ids)
     assert sizes.shape == (n, 2), sizes.shape
     assert (sizes >= 1).all(), sizes.min()
-    u = _uniforms(seed, np.asarray(epoch), sample_ids, views)  # (n, views, _NUM_WORDS)
+    assert 0 <= views < 1 << 16, views
+    samples = _Samples.at(seed, np.asarray(epoch), sample_ids)
+    solarizes = policy.solarize_probability > 0
+    u = samples.uniforms(np.arange(n)[:, None], np.arange(views), 0, _BLOCKS + solarizes)  # (n, views, words)
 
     def word(name: str) -> Floats:
         return u[..., _WORDS[name]]
 
-    top, left, height, width = _crop_boxes(policy, sizes, u)
+    top, left, height, width = _crop_boxes(policy, sizes, u, samples)
     return Draws(
         top=top,
         left=left,
@@ -154,45 +171,106 @@ def draw(
         grayscale=word("grayscale") < policy.grayscale_probability,
         blur=word("blur") < policy.blur_probability,
         sigma=_between(*policy.blur_sigma, word("sigma")),
+        solarize=u[..., _SOLARIZE] < policy.solarize_probability if solarizes else np.zeros((n, views), np.bool_),
     )
 
 
-def _uniforms(seed: int, epoch: npt.NDArray[Any], sample_ids: npt.NDArray[np.int64], views: int) -> Floats:
-    """The numbers in [0, 1) at each address: (n, views, _NUM_WORDS)."""
-    n = len(sample_ids)
-    assert epoch.shape in ((), (n,)), epoch.shape
-    assert ((epoch >= 0) & (epoch < 1 << 32)).all(), epoch
-    assert views < 1 << 16, views
-    ids = np.asarray(sample_ids, dtype=np.int64).view(np.uint64)
-    counter = np.empty((n, views, _BLOCKS, 4), dtype=np.uint32)
-    counter[..., 0] = (ids & np.uint64(0xFFFFFFFF))[:, None, None]
-    counter[..., 1] = (ids >> np.uint64(32))[:, None, None]
-    counter[..., 2] = np.broadcast_to(epoch, (n,))[:, None, None]
-    counter[..., 3] = (np.arange(views) << 16)[:, None] + np.arange(_BLOCKS)
-    return uniforms(philox4x32(counter, key_of(seed))).reshape(n, views, _NUM_WORDS)
+@dataclass(frozen=True)
+class _Samples:
+    """What the addresses of n samples have in common."""
+
+    key: UInt32Array
+    ids: npt.NDArray[np.uint64]
+    epochs: npt.NDArray[np.int64]
+
+    @classmethod
+    def at(cls, seed: int, epoch: npt.NDArray[Any], sample_ids: npt.NDArray[np.int64]) -> _Samples:
+        n = len(sample_ids)
+        assert epoch.shape in ((), (n,)), epoch.shape
+        assert ((epoch >= 0) & (epoch < 1 << 32)).all(), epoch
+        ids = np.asarray(sample_ids, dtype=np.int64).view(np.uint64)
+        return cls(key_of(seed), ids, np.broadcast_to(epoch, (n,)).astype(np.int64))
+
+    def uniforms(self, rows: npt.NDArray[Any], views: npt.NDArray[Any], first: int, blocks: int) -> Floats:
+        """Numbers in [0, 1) of `blocks` blocks from block `first` on.
+
+        Args:
+            rows: Which of the samples.
+            views: Which view of each; broadcasts against the rows, to some shape.
+            first: Block.
+            blocks: How many.
+
+        Returns:
+            (*shape, 4 * blocks).
+        """
+        shape = np.broadcast_shapes(rows.shape, views.shape)
+        ids = self.ids[rows]
+        counter = np.empty((*shape, blocks, 4), dtype=np.uint32)
+        counter[..., 0] = (ids & np.uint64(0xFFFFFFFF))[..., None]
+        counter[..., 1] = (ids >> np.uint64(32))[..., None]
+        counter[..., 2] = self.epochs[rows][..., None]
+        counter[..., 3] = (views << 16)[..., None] + np.arange(first, first + blocks)
+        return uniforms(philox4x32(counter, self.key)).reshape(*shape, 4 * blocks)
 
 
-def _crop_boxes(policy: Policy, sizes: npt.NDArray[Any], u: Floats) -> tuple[Ints, Ints, Ints, Ints]:
-    """Boxes (top, left, height, width), each (n, views), as torchvision's `RandomResizedCrop.get_params`.
+def _crop_boxes(policy: Policy, sizes: npt.NDArray[Any], u: Floats, samples: _Samples) -> tuple[Ints, Ints, Ints, Ints]:
+    """Boxes (top, left, height, width), each (n, views): the first attempt that fits inside the image wins.
 
-    The first of ten attempts that fits inside the image wins: area uniform in the policy's share, aspect ratio
-    log-uniform, sides rounded half to even. If none fits, the largest central box of an allowed ratio.
+    Flavour `torchvision`, as its `RandomResizedCrop.get_params`: ten attempts, then the largest central box of an
+    allowed ratio. Flavour `paper`: a hundred attempts, then the whole image.
     """
     high, wide = (sizes[:, i].astype(np.float64)[:, None] for i in range(2))  # (n, 1)
-    tries = u[..., _FIRST_ATTEMPT:]  # (n, views, 2 * ATTEMPTS)
-    area = (high * wide)[..., None] * _between(*policy.crop_scale, tries[..., 0::2])
-    lo, hi = np.log(policy.crop_ratio)
-    ratio = np.exp(_between(lo, hi, tries[..., 1::2]))
-    widths, heights = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
-    fits = (widths > 0) & (widths <= wide[..., None]) & (heights > 0) & (heights <= high[..., None])
-    first = fits.argmax(axis=-1)[..., None]
-    found = fits.any(axis=-1)
-    central_height, central_width = _central_box(policy, high, wide)
-    height = np.where(found, np.take_along_axis(heights, first, axis=-1)[..., 0], central_height)
-    width = np.where(found, np.take_along_axis(widths, first, axis=-1)[..., 0], central_width)
+    height, width, found = _first_fit(policy, high, wide, u[..., _FIRST_ATTEMPT:_SOLARIZE])
+    if policy.flavour == "paper":
+        _try_again(policy, sizes, (height, width, found), samples)
+        height, width = np.where(found, height, high), np.where(found, width, wide)
+    else:
+        central_height, central_width = _central_box(policy, high, wide)
+        height, width = np.where(found, height, central_height), np.where(found, width, central_width)
     top = np.where(found, u[..., _WORDS["top"]] * (high - height + 1), (high - height) // 2)
     left = np.where(found, u[..., _WORDS["left"]] * (wide - width + 1), (wide - width) // 2)
     return top.astype(np.int32), left.astype(np.int32), height.astype(np.int32), width.astype(np.int32)
+
+
+def _first_fit(policy: Policy, high: Floats, wide: Floats, tries: Floats) -> tuple[Floats, Floats, Bools]:
+    """Height and width of the first attempt that fits, and whether there is one.
+
+    The area is uniform in the policy's share; the aspect ratio is log-uniform in flavour `torchvision`, uniform in
+    `paper`; sides are rounded half to even.
+
+    Args:
+        policy: The distributions.
+        high: Height of the image; broadcasts against the tries but for their last axis.
+        wide: Width of the image.
+        tries: (..., 2 * attempts): numbers for area and ratio in turn.
+    """
+    area = (high * wide)[..., None] * _between(*policy.crop_scale, tries[..., 0::2])
+    if policy.flavour == "paper":
+        ratio = _between(*policy.crop_ratio, tries[..., 1::2])
+    else:
+        lo, hi = np.log(policy.crop_ratio)
+        ratio = np.exp(_between(lo, hi, tries[..., 1::2]))
+    widths, heights = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (widths > 0) & (widths <= wide[..., None]) & (heights > 0) & (heights <= high[..., None])
+    first = fits.argmax(axis=-1)[..., None]
+    height, width = (np.take_along_axis(sides, first, axis=-1)[..., 0] for sides in (heights, widths))
+    return height, width, np.any(fits, axis=-1)
+
+
+def _try_again(policy: Policy, sizes: npt.NDArray[Any], boxes: tuple[Floats, Floats, Bools], samples: _Samples) -> None:
+    """Attempts 10 to 99, ten at a time, for those views alone that still have no box; fills in `boxes`.
+
+    Photographs hardly ever come here: at 4:3, one view in a million. Strips do.
+    """
+    height, width, found = boxes
+    per_round = ATTEMPTS // 2  # blocks: each holds two attempts
+    for block in range(_MORE_ATTEMPTS, _MORE_ATTEMPTS + (PAPER_ATTEMPTS - ATTEMPTS) // 2, per_round):
+        rows, views = np.nonzero(~found)
+        if not len(rows):
+            return
+        high, wide = (sizes[rows, i].astype(np.float64) for i in range(2))
+        tries = samples.uniforms(rows, views, block, per_round)
+        height[rows, views], width[rows, views], found[rows, views] = _first_fit(policy, high, wide, tries)
 
 
 def _central_box(policy: Policy, high: Floats, wide: Floats) -> tuple[Floats, Floats]:

@@ -95,4 +95,7 @@ def test_gpus_are_used_where_there_are_some() -> None:
 def test_a_policy_is_the_preset_with_what_the_config_sets() -> None:
     policy = policy_of(load_config(None, ["views.preset=cifar", "views.crop_scale_min=0.3", "views.size=28"]).views)
     assert policy.crop_scale == (0.3, 1.0)
+    broad = policy_of(load_config(None, ["views.preset=imagenet-broad", "views.flavour=paper"]).views)
+    assert (broad.flavour, broad.solarize_probability, broad.mean) == ("paper", 0.2, None)
+    assert policy_of(load_config(None, ["views.solarize_probability=0.5"]).views).solarize_probability == 0.5
     assert (policy.size, policy.blur_probability, policy.brightness) == (28, 0.0, 0.4)

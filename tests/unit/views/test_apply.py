@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from simclr_ray.views.apply import central_view, crop, normalise, two_views
 from simclr_ray.views.draw import draw
-from simclr_ray.views.policy import Policy, preset
+from simclr_ray.views.policy import Flavour, Policy, preset
+from tests.unit.views import google
 from tests.unit.views.images import grey_as_rgb, natural
 
 # (height, width) of images larger and smaller than the views, tiny ones, strips.
@@ -64,9 +65,24 @@ def test_crop_is_torchvisions_uint8_kernel_exactly():
         assert np.abs(views[i, 0] - expected.permute(1, 2, 0).numpy().astype(float)).mean() <= 0.3
 
 
-def test_flip_mirrors_exactly():
+def test_the_papers_crop_is_googles():
+    policy = Policy(size=28, flavour="paper", interpolation="bicubic", **PLAIN)
+    images = [natural(h, w, seed) for seed, (h, w) in enumerate(SIZES)]
+    d = draws_for(images, policy)
+    views = two_views(images, d, policy)
+    for i, image in enumerate(images):
+        for v in range(2):
+            top, left, height, width = (int(x[i, v]) for x in (d.top, d.left, d.height, d.width))
+            expected = google.resize(image[top : top + height, left : left + width], 28).clip(0, 255)
+            expected = expected[:, ::-1] if d.flip[i, v] else expected
+            assert np.abs(views[i, v] - expected).max() <= 0.501  # rounding, and nothing else
+
+
+@pytest.mark.parametrize("flavour", ["torchvision", "paper"])
+def test_flip_mirrors_exactly(flavour: Flavour):
     image = natural(50, 70)
-    always, never = (Policy(size=24, flip_probability=p, **PLAIN) for p in (1.0, 0.0))
+    like = {"flavour": flavour, "interpolation": "bicubic", **PLAIN}
+    always, never = (Policy(size=24, flip_probability=p, **like) for p in (1.0, 0.0))
     mirrored = crop([image], draws_for([image], always), always)
     straight = crop([image], draws_for([image], never), never)
     assert np.array_equal(mirrored, straight[:, :, :, ::-1])
@@ -88,10 +104,11 @@ def test_read_only_images_are_taken_without_a_warning():
         two_views([image], draws_for([image], policy), policy)
 
 
+@pytest.mark.parametrize("flavour", ["torchvision", "paper"])
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.sampled_from(SIZES), min_size=1, max_size=6), st.integers(0, 6), st.integers(0, 2**40))
-def test_views_are_the_same_bytes_in_any_company(sizes, cut: int, first_id: int):
-    policy = preset("imagenet", size=36)
+def test_views_are_the_same_bytes_in_any_company(flavour: Flavour, sizes, cut: int, first_id: int):
+    policy = preset("imagenet-broad", size=36, flavour=flavour)
     images = [natural(h, w, seed) for seed, (h, w) in enumerate(sizes)]
     ids = first_id + np.arange(len(images))
     whole = two_views(images, draws_for(images, policy, ids=ids), policy)
@@ -101,10 +118,11 @@ def test_views_are_the_same_bytes_in_any_company(sizes, cut: int, first_id: int)
             assert np.array_equal(alone, whole[part])
 
 
-def test_images_are_not_changed():
+@pytest.mark.parametrize("flavour", ["torchvision", "paper"])
+def test_images_are_not_changed(flavour: Flavour):
     images = [natural(60, 60)]
     before = images[0].copy()
-    policy = preset("imagenet", size=60)
+    policy = preset("imagenet-broad", size=60, flavour=flavour)
     two_views(images, draws_for(images, policy), policy)
     central_view(images, policy)
     assert np.array_equal(images[0], before)
@@ -121,13 +139,27 @@ def test_central_view_is_the_resized_central_square(height: int, width: int):
     assert np.abs(view[0] - reference_crop(image, box, 28, False, "bicubic")).mean() <= 0.55
 
 
-def test_central_view_of_an_image_of_the_right_size_is_that_image():
+@pytest.mark.parametrize(("height", "width"), [(28, 28), (100, 151), (375, 500)])
+def test_the_papers_central_view_is_googles(height: int, width: int):
+    # google-research/simclr, tf2/data_util.center_crop: rint(0.875 * short side), (rest + 1) // 2 in front, bicubic.
+    image = natural(height, width)
+    view = central_view([image], preset("imagenet", size=28, flavour="paper"))
+    side = round(0.875 * min(height, width))
+    top, left = (height - side + 1) // 2, (width - side + 1) // 2
+    expected = google.resize(image[top : top + side, left : left + side], 28).clip(0, 255)
+    assert np.abs(view[0] - expected).max() <= 0.501
+
+
+@pytest.mark.parametrize("flavour", ["torchvision", "paper"])
+def test_central_view_of_an_image_of_the_right_size_is_that_image(flavour: Flavour):
     image = natural(32, 32)
-    assert np.array_equal(central_view([image], preset("cifar"))[0], image)
+    assert np.array_equal(central_view([image], preset("cifar", flavour=flavour))[0], image)
 
 
-def test_central_view_of_a_single_pixel():
-    assert central_view([np.full((1, 1, 3), 9, np.uint8)], preset("cifar")).tolist() == [[[[9] * 3] * 32] * 32]
+@pytest.mark.parametrize("flavour", ["torchvision", "paper"])
+def test_central_view_of_a_single_pixel(flavour: Flavour):
+    policy = preset("cifar", flavour=flavour)
+    assert central_view([np.full((1, 1, 3), 9, np.uint8)], policy).tolist() == [[[[9] * 3] * 32] * 32]
 
 
 def test_normalise_is_torchvisions_and_channels_last():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from dataclasses import fields
@@ -10,11 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simclr_ray.errors import ConfigError
+from simclr_ray.philox import key_of, philox4x32, uniforms
 from simclr_ray.views.draw import Draws, draw
 from simclr_ray.views.policy import Policy, preset
 
 N = 20_000
 POLICY = preset("imagenet")
+PAPER = preset("imagenet", flavour="paper")
+BROAD = {flavour: preset("imagenet-broad", flavour=flavour) for flavour in ("torchvision", "paper")}
+BOTH = pytest.mark.parametrize("policy", BROAD.values(), ids=BROAD)
 
 
 def equal(a: Draws, b: Draws) -> bool:
@@ -58,23 +63,39 @@ addresses = st.lists(
 )
 
 
+@BOTH
 @settings(max_examples=60, deadline=None)
 @given(addresses, st.integers(0, 2**64 - 1), st.randoms(use_true_random=False), st.data())
-def test_a_draw_does_not_depend_on_its_batch(rows, seed, random, data):
+def test_a_draw_does_not_depend_on_its_batch(policy, rows, seed, random, data):
+    # Sides from 1 to 60: many of these images are strips, so that flavour paper needs its later attempts.
     ids, epochs, heights, widths = (np.array(column) for column in zip(*rows, strict=True))
     sizes = np.stack([heights, widths], axis=1)
-    whole = draw(POLICY, seed=seed, epoch=epochs, sample_ids=ids, sizes=sizes)
+    whole = draw(policy, seed=seed, epoch=epochs, sample_ids=ids, sizes=sizes)
     shuffled = random.sample(range(len(rows)), len(rows))
     cut = data.draw(st.integers(0, len(rows)))
     for part in (shuffled[:cut], shuffled[cut:]):
-        alone = draw(POLICY, seed=seed, epoch=epochs[part], sample_ids=ids[part], sizes=sizes[part])
+        alone = draw(policy, seed=seed, epoch=epochs[part], sample_ids=ids[part], sizes=sizes[part])
         assert equal(alone, whole[part])
-    single = draw(POLICY, seed=seed, epoch=int(epochs[0]), sample_ids=ids[:1], sizes=sizes[:1])
+    single = draw(policy, seed=seed, epoch=int(epochs[0]), sample_ids=ids[:1], sizes=sizes[:1])
     assert equal(single, whole[:1])
 
 
-def test_a_view_does_not_depend_on_how_many_there_are():
-    assert equal(many(n=50, views=5)[:, :2], many(n=50))
+@BOTH
+@pytest.mark.parametrize("ranks", [2, 3, 7])
+def test_ranks_draw_what_one_process_draws(policy: Policy, ranks: int):
+    ids = np.arange(200) * 97
+    sizes = np.stack([20 + ids % 13, 20 + ids % 113], axis=1)
+    whole = draw(policy, seed=1, epoch=2, sample_ids=ids, sizes=sizes)
+    for rank in range(ranks):
+        mine = slice(rank, None, ranks)
+        assert equal(draw(policy, seed=1, epoch=2, sample_ids=ids[mine], sizes=sizes[mine]), whole[mine])
+
+
+@BOTH
+def test_a_view_does_not_depend_on_how_many_there_are(policy: Policy):
+    strips = {"height": 30, "width": 100, "n": 50}
+    assert equal(many(policy, views=5, **strips)[:, :2], many(policy, **strips))
+    assert equal(many(policy, views=5, **strips)[:, :1], many(policy, views=1, **strips))
 
 
 @pytest.mark.parametrize("other", [{"seed": 8}, {"seed": 7 + 2**32}, {"epoch": 4}])
@@ -88,10 +109,29 @@ def test_high_and_low_words_of_the_sample_id_both_count():
     assert len(np.unique(sigma)) == 8
 
 
-def test_views_and_neighbouring_samples_are_independent():
-    hue = many().hue
-    for a, b in ((hue[:, 0], hue[:, 1]), (hue[:-1, 0], hue[1:, 0])):
-        assert abs(np.corrcoef(a, b)[0, 1]) < 4 / math.sqrt(N)
+@BOTH
+def test_parameters_views_and_neighbouring_samples_are_independent(policy: Policy):
+    d = many(policy, height=400, width=400)
+    columns = {f.name: getattr(d, f.name).astype(float) for f in fields(Draws) if f.name != "order"}
+    columns |= {"first": d.order[..., 0].astype(float), "last": d.order[..., 3].astype(float)}
+    for side, length in (
+        ("top", "height"),
+        ("left", "width"),
+    ):  # a place is independent of the size as a share of its room
+        columns[side] = (columns[side] + 0.5) / (401 - columns[length])
+    columns["area"], columns["ratio"] = (
+        columns["height"] * columns["width"],
+        columns.pop("width") / columns.pop("height"),
+    )
+    table = np.concatenate(
+        [np.stack([c[:-1, 0], c[:-1, 1], c[1:, 0]]) for c in columns.values()],
+    )  # (parameters * 3, N - 1)
+    correlation = np.corrcoef(table)
+    names = [(name, who) for name in columns for who in range(3)]
+    for i, j in itertools.combinations(range(len(names)), 2):
+        # Of one view, first and last of an order exclude each other, and area and ratio must fit the image together.
+        related = names[i][1] == names[j][1] and {names[i][0], names[j][0]} in ({"first", "last"}, {"area", "ratio"})
+        assert related or abs(correlation[i, j]) < 4.5 / math.sqrt(N), (names[i], names[j])
 
 
 def test_the_table_of_words_is_frozen():
@@ -116,6 +156,67 @@ GOLDEN_FACTORS = [
 ]
 
 
+# sha256 of the arrays below, before there were flavours and solarize.
+FIRST_FIELDS = ["top", "left", "height", "width", "flip", "jitter", "brightness", "contrast", "saturation", "hue"]
+FIRST_FIELDS += ["order", "grayscale", "blur", "sigma"]
+DIGESTS = {
+    "imagenet": "88d0dac07e2952baaab9c5fd859a8a144c2a540c97a69918f22d781d5ad62ca0",
+    "cifar": "13b6e29b959054d71e876c82b58967c1538852168168166bb348882a4d479bd2",
+}
+
+
+@pytest.mark.parametrize("solarize", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("name", DIGESTS)
+def test_later_parameters_do_not_change_the_first_ones(name: str, solarize: float):
+    policy = preset(name).model_copy(update={"solarize_probability": solarize})  # type: ignore[arg-type]
+    rows = np.arange(5000)
+    sizes = np.stack([1 + rows % 600, 1 + rows * 7 % 500], axis=1)
+    d = draw(policy, seed=2**63 + 5, epoch=rows % 7, sample_ids=rows * 2**40 - 3, sizes=sizes)
+    digest = hashlib.sha256()
+    for field in FIRST_FIELDS:
+        array = getattr(d, field)
+        digest.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
+    assert digest.hexdigest() == DIGESTS[name]
+
+
+def block_of(number: int, *, seed: int, epoch: int, sample: int, view: int) -> list[float]:
+    counter = np.array([sample & 0xFFFFFFFF, sample >> 32, epoch, view << 16 | number], dtype=np.uint32)
+    return uniforms(philox4x32(counter, key_of(seed))).tolist()
+
+
+@BOTH
+def test_solarize_is_the_first_word_of_block_8(policy: Policy):
+    ids = np.arange(60) * 2**33 + 1
+    d = draw(policy, seed=3, epoch=9, sample_ids=ids, sizes=np.full((60, 2), 32))
+    for row, sample in enumerate(ids.tolist()):
+        for view in range(2):
+            word = block_of(8, seed=3, epoch=9, sample=sample, view=view)[0]
+            assert d.solarize[row, view] == (word < 0.2)
+
+
+def test_the_papers_later_attempts_have_blocks_of_their_own():
+    # A strip that an attempt in forty fits, followed word by word.
+    height, width = 10, 100
+    d = draw(PAPER, seed=3, epoch=9, sample_ids=np.arange(40), sizes=np.tile([height, width], (40, 1)))
+    needed = []
+    for sample, view in itertools.product(range(40), range(2)):
+        blocks = [*range(3, 8), *range(16, 61)]
+        words = [w for b in blocks for w in block_of(b, seed=3, epoch=9, sample=sample, view=view)]
+        place = block_of(2, seed=3, epoch=9, sample=sample, view=view)
+        box, attempt = (0, 0, height, width), 100
+        for k in range(100):
+            area = (0.08 + 0.92 * words[2 * k]) * height * width
+            ratio = 3 / 4 + (4 / 3 - 3 / 4) * words[2 * k + 1]
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                box, attempt = (int(place[2] * (height - h + 1)), int(place[3] * (width - w + 1)), h, w), k
+                break
+        needed.append(attempt)
+        assert tuple(int(x[sample, view]) for x in (d.top, d.left, d.height, d.width)) == box
+    assert min(needed) < 10 < max(n for n in needed if n < 100)  # early ones, late ones,
+    assert 100 in needed  # and whole images
+
+
 def test_a_seed_that_does_not_fit_is_an_error_for_users():
     for seed in (-1, 2**64):
         with pytest.raises(ConfigError, match="seed"):
@@ -129,8 +230,9 @@ def test_no_samples_give_no_draws():
 # --- the stated distributions --------------------------------------------------------------------------------------
 
 
-def test_factors_are_uniform_in_their_ranges():
-    d = many()
+@BOTH
+def test_factors_are_uniform_in_their_ranges(policy: Policy):
+    d = many(policy)
     for factor in (d.brightness, d.contrast, d.saturation):
         assert_uniform(factor, 0.2, 1.8)
     assert_uniform(d.hue, -0.2, 0.2)
@@ -142,24 +244,30 @@ def test_a_factor_is_never_negative():
     assert_uniform(d.brightness, 0.0, 4.0)
 
 
-def test_switches_have_their_probabilities():
-    d = many()
+@BOTH
+def test_switches_have_their_probabilities(policy: Policy):
+    d = many(policy)
     assert_share(d.flip, 0.5)
     assert_share(d.jitter, 0.8)
     assert_share(d.grayscale, 0.2)
     assert_share(d.blur, 0.5)
+    assert_share(d.solarize, 0.2)
+    assert not many(n=100).solarize.any()
 
 
 def test_probabilities_zero_and_one_are_never_and_always():
-    d = many(Policy(flip_probability=0, jitter_probability=1, blur_probability=0, grayscale_probability=1))
+    sure = {"jitter_probability": 1, "grayscale_probability": 1, "solarize_probability": 1}
+    d = many(Policy(flip_probability=0, blur_probability=0, **sure))
     assert not d.flip.any()
     assert not d.blur.any()
     assert d.jitter.all()
     assert d.grayscale.all()
+    assert d.solarize.all()
 
 
-def test_all_24_orders_are_equally_likely():
-    order = many().order.reshape(-1, 4)
+@BOTH
+def test_all_24_orders_are_equally_likely(policy: Policy):
+    order = many(policy).order.reshape(-1, 4)
     codes = order @ (64, 16, 4, 1)
     expected = {int(np.dot(p, (64, 16, 4, 1))) for p in itertools.permutations(range(4))}
     found, counts = np.unique(codes, return_counts=True)
@@ -174,21 +282,33 @@ def test_crop_area_and_ratio_follow_the_policy_where_every_attempt_fits():
     assert_uniform(np.log(d.width / d.height), math.log(0.5) - 1e-3, math.log(2) + 1e-3)
 
 
-def test_crop_places_are_uniform_where_the_crop_has_room():
-    d = many(Policy(crop_scale=(0.25, 0.25), crop_ratio=(1.0, 1.0)), height=20, width=40)
+def test_the_papers_crop_area_and_ratio_are_uniform_where_every_attempt_fits():
+    policy = PAPER.model_copy(update={"crop_scale": (0.1, 0.4), "crop_ratio": (0.5, 2.0)})
+    d = many(policy, height=4000, width=4000)
+    assert_uniform(d.height * d.width / 4000**2, 0.1 - 1e-4, 0.4 + 1e-4)
+    assert_uniform(d.width / d.height, 0.5 - 1e-3, 2 + 2e-3)
+
+
+@BOTH
+def test_crop_places_are_uniform_where_the_crop_has_room(policy: Policy):
+    one_size = {"crop_scale": (0.25, 0.25), "crop_ratio": (1.0, 1.0)}
+    d = many(policy.model_copy(update=one_size), height=20, width=40)
     assert set(d.height.ravel().tolist()) == set(d.width.ravel().tolist()) == {14}
     assert_counts(np.bincount(d.top.ravel(), minlength=7))
     assert_counts(np.bincount(d.left.ravel(), minlength=27))
 
 
 def plain_crop(policy: Policy, height: int, width: int, rng: np.random.Generator) -> tuple[int, int]:
-    """torchvision.transforms.RandomResizedCrop.get_params, without the place."""
-    for _ in range(10):
+    """torchvision.transforms.RandomResizedCrop.get_params, or the paper's, without the place."""
+    paper = policy.flavour == "paper"
+    for _ in range(100 if paper else 10):
         area = height * width * rng.uniform(*policy.crop_scale)
-        ratio = math.exp(rng.uniform(*np.log(policy.crop_ratio)))
+        ratio = rng.uniform(*policy.crop_ratio) if paper else math.exp(rng.uniform(*np.log(policy.crop_ratio)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             return h, w
+    if paper:
+        return height, width
     if width / height < policy.crop_ratio[0]:
         return round(width / policy.crop_ratio[0]), width
     if width / height > policy.crop_ratio[1]:
@@ -196,13 +316,14 @@ def plain_crop(policy: Policy, height: int, width: int, rng: np.random.Generator
     return height, width
 
 
+@BOTH
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (60, 20), (9, 90)])
-def test_crop_sizes_are_distributed_as_torchvisions(height: int, width: int):
+def test_crop_sizes_are_distributed_as_the_plain_loops(policy: Policy, height: int, width: int):
     # Two-sample Kolmogorov-Smirnov on the areas and the widths; the strips take the fallback now and then.
     n = 4000
-    d = many(n=n, height=height, width=width)
+    d = many(policy, n=n, height=height, width=width)
     rng = np.random.default_rng(0)
-    twin = np.array([plain_crop(POLICY, height, width, rng) for _ in range(n)])
+    twin = np.array([plain_crop(policy, height, width, rng) for _ in range(n)])
     for ours, theirs in ((d.height[:, 0] * d.width[:, 0], twin.prod(axis=1)), (d.width[:, 0], twin[:, 1])):
         grid = np.union1d(ours, theirs)
         gap = np.searchsorted(np.sort(ours), grid, "right") - np.searchsorted(np.sort(theirs), grid, "right")
@@ -221,10 +342,19 @@ def test_without_a_fitting_attempt_the_crop_is_central(height: int, width: int, 
         assert tuple(row.tolist()) == box
 
 
+@pytest.mark.parametrize(("height", "width"), [(10, 10), (3, 100), (100, 3), (1, 1)])
+def test_without_a_fitting_attempt_the_papers_crop_is_the_whole_image(height: int, width: int):
+    policy = Policy.model_construct(**{**PAPER.model_dump(), "crop_scale": (3.0, 3.0)})
+    d = many(policy, height=height, width=width, n=3)
+    for row in np.stack([d.top, d.left, d.height, d.width], axis=-1).reshape(-1, 4):
+        assert tuple(row.tolist()) == (0, 0, height, width)
+
+
+@BOTH
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 400), st.integers(1, 400), st.integers(0, 2**32))
-def test_a_crop_lies_inside_its_image(height: int, width: int, seed: int):
-    d = many(height=height, width=width, n=20, seed=seed)
+def test_a_crop_lies_inside_its_image(policy: Policy, height: int, width: int, seed: int):
+    d = many(policy, height=height, width=width, n=20, seed=seed)
     assert d.top.min() >= 0
     assert d.left.min() >= 0
     assert min(d.height.min(), d.width.min()) >= 1
