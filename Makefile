@@ -14,7 +14,7 @@ help:
 
 venv: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt setup.py simclr_ray/views/native.c
 	@$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 13), "needs Python 3.11 to 3.13; try make PYTHON=python3.11 ..."'
 	@echo "installing into $(VENV): a few GB, some minutes, once"
 	@$(PYTHON) -m venv $(VENV)

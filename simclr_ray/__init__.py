@@ -1,8 +1,8 @@
 """SimCLR on Ray: self-supervised image encoders from a bucket of unlabeled images.
 
 The verbs of the command line are functions here, with the same names: `pretrain`, `evaluate`, `pack`, `fetch_data`,
-and `load_encoder` for what a run learned. `nt_xent` is the loss alone, for any torch program. They are imported on
-first use, so that importing the package stays cheap and the loss needs no Ray.
+`preview`, and `load_encoder` for what a run learned. `nt_xent` is the loss alone and `two_views` the views alone, for
+any torch program. They are imported on first use, so that importing the package stays cheap and these two need no Ray.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from simclr_ray.version import __version__
 
 if TYPE_CHECKING:
-    from simclr_ray.api import RunResult, evaluate, fetch_data, load_encoder, pack, pretrain
+    from simclr_ray.api import RunResult, evaluate, fetch_data, load_encoder, pack, pretrain, preview
     from simclr_ray.configure import load_config
     from simclr_ray.learn.nt_xent import nt_xent
+    from simclr_ray.views.library import two_views
 
 _HOMES = {
     "pretrain": "simclr_ray.api",
@@ -26,6 +27,8 @@ _HOMES = {
     "RunResult": "simclr_ray.api",
     "load_config": "simclr_ray.configure",
     "nt_xent": "simclr_ray.learn.nt_xent",
+    "preview": "simclr_ray.api",
+    "two_views": "simclr_ray.views.library",
 }
 
 __all__ = [
@@ -38,6 +41,8 @@ __all__ = [
     "nt_xent",
     "pack",
     "pretrain",
+    "preview",
+    "two_views",
 ]
 
 

@@ -9,10 +9,11 @@ from simclr_ray.data.pack import Labels, PackReport
 from simclr_ray.data.pack import pack as _pack
 from simclr_ray.evaluate.encode import load_encoder
 from simclr_ray.evaluate.evaluate import evaluate
+from simclr_ray.evaluate.preview import preview
 from simclr_ray.train.cluster import connected
 from simclr_ray.train.pretrain import RunResult, pretrain
 
-__all__ = ["RunResult", "evaluate", "fetch_data", "load_encoder", "pack", "pretrain"]
+__all__ = ["RunResult", "evaluate", "fetch_data", "load_encoder", "pack", "pretrain", "preview"]
 
 
 def pack(

@@ -64,6 +64,15 @@ def _pack(options: argparse.Namespace) -> None:
         console.say(f"left out {report.num_rejected}: {reasons}; listed in {manifest.folder}/rejected.parquet")
 
 
+def _preview(options: argparse.Namespace) -> None:
+    from simclr_ray.api import preview
+
+    console = Console()
+    for line in preview(options.config, options.set, output=options.output, images=options.images):
+        console.say(line)
+    console.say(f"sheet: {options.output}")
+
+
 def _fetch_data(options: argparse.Namespace) -> None:
     from simclr_ray.data.fetch import fetch_data
 
@@ -111,6 +120,12 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--seed", type=int, default=0, help="of the shuffle (default: %(default)s)")
     verb.add_argument("--shard-mib", type=int, default=256, help="wanted size of a shard (default: %(default)s)")
     verb.add_argument("--address", help="of a running Ray cluster")
+
+    verb = _verb(verbs, "preview", _preview, "draw images beside their two views, and print what was drawn for them")
+    verb.add_argument("config", help="YAML file")
+    _overrides(verb, "views.strength=0.5")
+    verb.add_argument("-o", "--output", default="views.png", help="PNG to write (default: %(default)s)")
+    verb.add_argument("--images", type=int, default=12, help="how many, 1 to 64 (default: %(default)s)")
 
     verb = _verb(verbs, "fetch-data", _fetch_data, "pack a ready-made data set: fashion-mnist or emoji")
     verb.add_argument("name", choices=("fashion-mnist", "emoji"))

@@ -44,6 +44,8 @@ class DataConfig(Section):
     """Images with more pixels than this are rejected from their header, before decoding."""
     min_side: Count = 2
     """Images with a shorter side than this, in pixels, are rejected."""
+    animated: Literal["first_frame", "reject"] = "first_frame"
+    """What a GIF, WebP or PNG of several frames gives."""
     max_rejected_fraction: Fraction = 0.01
     """The run stops (exit 3) when more than this fraction of the last `rejected_window` samples was rejected."""
     rejected_window: Count = 100_000
@@ -83,6 +85,10 @@ class ViewsConfig(Section):
     """Probability of a Gaussian blur; null takes the preset's."""
     solarize_probability: Fraction | None = None
     """Probability that levels from 128 up are inverted, last of all; null takes the preset's."""
+    where: Literal["auto", "cpu", "gpu"] = "auto"
+    """Who does the colours: `cpu`, the stream's tasks, which then make finished views; `gpu`, the train workers on
+    their devices, while the stream decodes and crops. The pictures are the same, up to rounding by 1 level. `auto`:
+    `gpu` where there are GPUs with fewer than 3 CPUs each left for the stream."""
 
 
 class ModelConfig(Section):

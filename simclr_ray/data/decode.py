@@ -5,43 +5,56 @@ bytes are hostile until shown otherwise. What they are is told from their first 
 ever reach a decoder, and the header's size is checked before a pixel is decoded. The caller bounds the memory of
 the process for the rest.
 
+In two steps where crops are drawn between them: `read_header` tells the upright size in microseconds, `reduction`
+how far the crops let the image be reduced, and `decode_reduced` decodes it. `decode` does both steps at once.
+
+The usual JPEGs are decoded by libjpeg-turbo through simplejpeg, all else by Pillow. Their pixels are the same, bit by
+bit. Pillow also has the last word on damaged JPEGs: simplejpeg refuses at the first warning.
+
 Accepted knowingly: damage that the format cannot detect (bits flipped inside a JPEG's scan), and the first frame
-of an animation.
+of an animation (`Limits.animated` can refuse it).
 """
 
 from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from typing import Final, Literal, get_args
+from typing import Any, Final, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+import simplejpeg
+from PIL import Image, UnidentifiedImageError
 
+from simclr_ray.data.header import Excessive, Header, parse
 from simclr_ray.errors import ConfigError
 
-Reason = Literal["null", "empty", "not_an_image", "format", "truncated", "too_large", "too_small", "mode", "corrupt"]
+__all__ = [
+    "REASONS",
+    "Decoded",
+    "Header",
+    "Limits",
+    "Pixels",
+    "Reason",
+    "Reduction",
+    "Rejected",
+    "decode",
+    "decode_reduced",
+    "read_header",
+    "reduction",
+]
+
+# Reasons are stored by their number: new ones go to the end.
+Reason = Literal[
+    "null", "empty", "not_an_image", "format", "truncated", "too_large", "too_small", "mode", "corrupt", "animated"
+]
 REASONS: Final[tuple[Reason, ...]] = get_args(Reason)
 Pixels = npt.NDArray[np.uint8]
+Reduction = Literal[1, 2, 4, 8]
 
 # Pillow refuses more than twice this by itself, whatever the caller allows.
 _PILLOW_MAX_PIXELS: Final = 2 * 89_478_485
 _DETAIL_LENGTH: Final = 160
-_ORIENTATION: Final = 0x0112
-# EXIF orientation to the transposition that undoes it (Exif 2.3, tag 0x0112).
-_UPRIGHT: Final = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-# Where Pillow keeps what may tell an orientation. Reading EXIF costs more than decoding a small image, so it is
-# only read where there is some. (TIFF has its own tag, which Pillow applies on loading.)
-_METADATA: Final = frozenset({"exif", "xmp", "Raw profile type exif", "XML:com.adobe.xmp"})
 _OPAQUE_MODES: Final = frozenset({"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"})
 _ALPHA_MODES: Final = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
 _MODES_16_BIT: Final = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
@@ -89,7 +102,7 @@ class Limits:
     """
 
     max_pixels: int = 50_000_000
-    """Most pixels of an image; about three times as many bytes are used for it."""
+    """Most pixels of an image. Decoding takes 3 bytes of memory for each of a usual JPEG's, at worst 20."""
     max_side: int = 20_000
     """Longest side, in pixels."""
     min_side: int = 2
@@ -98,6 +111,8 @@ class Limits:
     """Longest encoded image."""
     background: tuple[int, int, int] = (255, 255, 255)
     """Red, green and blue that show through transparent pixels."""
+    animated: Literal["first_frame", "reject"] = "first_frame"
+    """What a GIF, WebP or PNG of several frames gives."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_pixels <= _PILLOW_MAX_PIXELS:
@@ -110,6 +125,8 @@ class Limits:
             raise ConfigError("the most bytes of an image", got=self.max_bytes, expected="1 or more")
         if len(self.background) != 3 or not all(0 <= level <= 255 for level in self.background):
             raise ConfigError("background colour", got=self.background, expected="three levels from 0 to 255")
+        if self.animated not in ("first_frame", "reject"):
+            raise ConfigError("animated images", got=self.animated, expected="first_frame or reject")
 
 
 @dataclass(frozen=True)
@@ -121,8 +138,17 @@ class Rejected:
     """A short line of printable ASCII for the reader; what came from the bytes is escaped."""
 
 
+class Decoded(NamedTuple):
+    """An upright image, perhaps smaller than its header said."""
+
+    pixels: Pixels
+    """(H, W, 3) uint8, writable."""
+    reduction: Reduction
+    """By what the sides were divided, rounded up: a box of the image is this many times smaller here."""
+
+
 class _Refusal(Exception):
-    """Carries a `Rejected` out of the steps of `decode`."""
+    """Carries a `Rejected` out of the steps below."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         self.rejected = Rejected(reason, detail[:_DETAIL_LENGTH])
@@ -139,6 +165,19 @@ def decode(data: bytes | None, limits: Limits) -> Pixels | Rejected:
         (H, W, 3) uint8, writable: upright (EXIF), the first frame, transparency composited on the background, 16
         bits scaled to 8; or the reason why not.
     """
+    header = read_header(data, limits)
+    if isinstance(header, Rejected):
+        return header
+    assert data is not None
+    decoded = decode_reduced(data, header, limits)
+    return decoded if isinstance(decoded, Rejected) else decoded.pixels
+
+
+def read_header(data: bytes | None, limits: Limits) -> Header | Rejected:
+    """Tell an image's upright size without decoding it. Never raises, whatever the bytes are.
+
+    A file that passes may still be rejected by its decoder.
+    """
     if data is None:
         return Rejected("null", "no bytes: the value is null")
     if not data:
@@ -146,16 +185,145 @@ def decode(data: bytes | None, limits: Limits) -> Pixels | Rejected:
     kind = ""
     try:
         kind = _identify(data, limits)
-        with Image.open(io.BytesIO(data), formats=(kind,)) as image:
-            _check_size(image.size, limits)
-            image.load()
-            return _pixels(_upright(image), limits)
+        header = parse(kind, data)
+        _check_size(header, limits)
+        if header.animated and limits.animated == "reject":
+            raise _Refusal("animated", f"{kind} of several frames")
+    except _Refusal as refusal:
+        return refusal.rejected
+    except Excessive as error:
+        return _rejected("too_large", error)
+    except Exception as error:  # mostly BadHeader; the bytes are hostile here too
+        return _rejected("truncated" if _is_cut(kind, data, error) else "corrupt", error)
+    return header
+
+
+def reduction(boxes: npt.NDArray[np.integer[Any]], size: int) -> Reduction:
+    """By how much an image can be reduced so that no crop of it has to be enlarged for it.
+
+    Args:
+        boxes: (views, 4): top, left, height and width of its crops, in pixels of the upright image.
+        size: Side of the views.
+
+    Returns:
+        The largest factor after which every crop still has `size` pixels on both sides.
+    """
+    shortest = int(boxes[:, 2:].min())
+    factors: tuple[Reduction, ...] = (8, 4, 2)
+    for factor in factors:
+        if shortest >= factor * size:
+            return factor
+    return 1
+
+
+def decode_reduced(
+    data: bytes,
+    header: Header,
+    limits: Limits,
+    *,
+    reduction: Reduction = 1,
+    buffer: Pixels | None = None,
+) -> Decoded | Rejected:
+    """Decode one image whose header has been read. Never raises, whatever the bytes are.
+
+    A reduction saves time by being an approximation: each block of 8 x 8 is transformed back to 4 x 4, 2 x 2 or 1
+    pixel. A box of the image becomes the box divided by the reduction, fractions kept: rounded to whole pixels it
+    would be off by several times as much as below. The default is none, as exact pixels cost nothing at the usual
+    500 pixels: no pair of their crops allows a reduction to 224. Measured with `reduction` on crops of 15 photographs
+    of 1024 x 768 pixels and 7 of 2048 x 1536, quality 90, one core, against the full decode (views of 224 pixels,
+    antialiased bilinear, in levels of 255; "shift" is what a crop one pixel to the side differs by):
+
+        image   factor   share of images   mean difference   worst view   shift   decoding
+        1024       2          46 %               0.57            3.4        1.7   2.0 -> 1.5 ms
+        2048       2          53 %               0.28            1.4        1.0   7.5 -> 5.7 ms
+        2048       4          47 %               0.68            3.4        1.0   7.5 -> 4.9 ms
+
+    Decoding and both crops together gain 1.2 and 1.7 times. Views that are made without antialiasing differ more, as
+    a reduced image has none of what they alias.
+
+    Args:
+        data: The encoded image.
+        header: What `read_header` said of these very bytes.
+        limits: What to refuse.
+        reduction: Wanted factor. Only JPEGs of one scan follow it, and of them not those that EXIF turns or mirrors
+            while a side is no multiple of it, whose blocks would not start at the upright image's edge.
+        buffer: One-dimensional memory to decode into, writable. It is used where the image fits and the decoder can;
+            `Decoded.pixels` then lies in it, until the next call.
+
+    Returns:
+        As `decode`, with the factor that was applied.
+    """
+    assert buffer is None or (buffer.ndim == 1 and buffer.dtype == np.uint8), buffer
+    factor = _possible(header, reduction)
+    try:
+        if header.plain:
+            pixels = _by_simplejpeg(data, header, factor, buffer)
+            if pixels is not None:
+                return Decoded(_turned(pixels, header.orientation), factor)
+        return Decoded(_by_pillow(data, header, limits), 1)
     except _Refusal as refusal:
         return refusal.rejected
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         return _rejected("too_large", error)
     except Exception as error:  # a trust boundary: decoders fail on hostile bytes in ways that nobody can list
-        return _rejected("truncated" if _is_cut(kind, data, error) else "corrupt", error)
+        return _rejected("truncated" if _is_cut(header.kind, data, error) else "corrupt", error)
+
+
+def _possible(header: Header, wanted: Reduction) -> Reduction:
+    """The factor that is applied where `wanted` is asked for."""
+    # A side of a few pixels would be the same at several scales, and simplejpeg goes by sides.
+    if wanted == 1 or not header.reducible or min(header.stored) < 8 * wanted:
+        return 1
+    if header.orientation != 1 and any(side % wanted for side in header.stored):
+        return 1
+    return wanted
+
+
+def _by_simplejpeg(data: bytes, header: Header, factor: Reduction, buffer: Pixels | None) -> Pixels | None:
+    """The image as it is stored, or None if simplejpeg has any objection."""
+    height, width = (-(-side // factor) for side in header.stored)
+    bytes_needed = height * width * 3
+    if buffer is None or buffer.size < bytes_needed:
+        buffer = np.empty(bytes_needed, dtype=np.uint8)
+    # Memory of exactly this size also makes sure that simplejpeg reads no larger size from the bytes than we did.
+    memory = buffer[:bytes_needed]
+    low_height, low_width = (height, width) if factor > 1 else (0, 0)
+    try:
+        pixels: Pixels = simplejpeg.decode_jpeg(data, min_height=low_height, min_width=low_width, buffer=memory)
+    except (ValueError, RuntimeError):
+        return None
+    return pixels if pixels.shape == (height, width, 3) else None
+
+
+def _by_pillow(data: bytes, header: Header, limits: Limits) -> Pixels:
+    """The upright image."""
+    with Image.open(io.BytesIO(data), formats=(header.kind,)) as image:
+        # Either way round: Pillow already says a TIFF's upright size, if it sees its orientation.
+        if sorted(image.size) != sorted(header.stored):
+            raise _Refusal("corrupt", f"{_sides(header)} pixels to us, {image.width} x {image.height} to the decoder")
+        image.load()
+        pixels = _pixels(image, limits)
+    if header.kind != "TIFF":  # which Pillow has turned
+        pixels = _turned(pixels, header.orientation)
+    if pixels.shape != (header.height, header.width, 3):
+        raise _Refusal(
+            "corrupt", f"{_sides(header)} pixels in the header, {pixels.shape[1]} x {pixels.shape[0]} decoded"
+        )
+    return pixels
+
+
+def _turned(pixels: Pixels, orientation: int) -> Pixels:
+    """The image that is seen where the stored one has this EXIF orientation (Exif 2.3, tag 0x0112)."""
+    if orientation == 1:
+        return pixels
+    # As one item of three bytes a pixel, which NumPy moves twice as fast.
+    stored = pixels.view("V3")
+    if orientation >= 5:
+        stored = stored.swapaxes(0, 1)
+    # Which axes are mirrored after that.
+    rows = -1 if orientation in (3, 4, 7, 8) else 1
+    columns = -1 if orientation in (2, 3, 6, 7) else 1
+    return np.ascontiguousarray(stored[::rows, ::columns]).view(np.uint8)
 
 
 def _identify(data: bytes, limits: Limits) -> str:
@@ -178,26 +346,18 @@ def _identify(data: bytes, limits: Limits) -> str:
     raise _Refusal("not_an_image", f"first bytes {head!r}")
 
 
-def _check_size(size: tuple[int, int], limits: Limits) -> None:
-    width, height = size
-    if min(size) < limits.min_side:
-        raise _Refusal("too_small", f"{width} x {height} pixels, a side below min_side = {limits.min_side}")
-    if max(size) > limits.max_side:
-        raise _Refusal("too_large", f"{width} x {height} pixels, a side above max_side = {limits.max_side}")
-    if width * height > limits.max_pixels:
-        raise _Refusal("too_large", f"{width} x {height} pixels, more than max_pixels = {limits.max_pixels}")
+def _check_size(header: Header, limits: Limits) -> None:
+    sides = (header.height, header.width)
+    if min(sides) < limits.min_side:
+        raise _Refusal("too_small", f"{_sides(header)} pixels, a side below min_side = {limits.min_side}")
+    if max(sides) > limits.max_side:
+        raise _Refusal("too_large", f"{_sides(header)} pixels, a side above max_side = {limits.max_side}")
+    if header.height * header.width > limits.max_pixels:
+        raise _Refusal("too_large", f"{_sides(header)} pixels, more than max_pixels = {limits.max_pixels}")
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """The image as its EXIF orientation wants to be seen."""
-    if _METADATA.isdisjoint(image.info):
-        return image
-    try:
-        orientation = image.getexif().get(_ORIENTATION)
-    except Exception:  # broken metadata does not spoil good pixels
-        return image
-    step = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    return image if step is None else image.transpose(step)
+def _sides(header: Header) -> str:
+    return f"{header.width} x {header.height}"
 
 
 def _pixels(image: Image.Image, limits: Limits) -> Pixels:
@@ -243,4 +403,6 @@ def _is_cut(kind: str, data: bytes, error: Exception) -> bool:
 
 def _rejected(reason: Reason, error: BaseException) -> Rejected:
     """The decoder's message as one short line of printable ASCII."""
-    return Rejected(reason, ascii(f"{type(error).__name__}: {error}")[1:-1][:_DETAIL_LENGTH])
+    # Pillow's own message here is the address of the bytes in memory.
+    message = "the header makes no sense" if isinstance(error, UnidentifiedImageError) else error
+    return Rejected(reason, ascii(f"{type(error).__name__}: {message}")[1:-1][:_DETAIL_LENGTH])

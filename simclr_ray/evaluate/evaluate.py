@@ -19,7 +19,6 @@ from torch import Tensor
 from simclr_ray import storage
 from simclr_ray.config import Config, EvaluateConfig
 from simclr_ray.configure import load_config
-from simclr_ray.data.decode import Limits
 from simclr_ray.data.manifest import read_manifest
 from simclr_ray.errors import ConfigError, DataError
 from simclr_ray.evaluate.encode import (
@@ -38,6 +37,7 @@ from simclr_ray.evaluate.table import EvaluationRow, to_markdown, to_text
 from simclr_ray.observe.console import Console
 from simclr_ray.observe.health import alignment, contrastive_accuracy, rankme, uniformity
 from simclr_ray.observe.metrics import read_jsonl
+from simclr_ray.train.derive import limits_of
 from simclr_ray.train.run import RunFolder, open_existing
 from simclr_ray.views.policy import Policy
 
@@ -105,7 +105,7 @@ def _data(config: Config, policy: Policy) -> tuple[LabelledSet, LabelledSet, tup
     train_uri = config.evaluate.train or config.data.train
     if config.evaluate.test is None or train_uri is None:
         raise ConfigError("no test set is named", where="evaluate.test", fix="add --set evaluate.test=FOLDER")
-    limits = Limits(max_pixels=config.data.max_pixels, min_side=config.data.min_side)
+    limits = limits_of(config.data)
     train_manifest, test_manifest = read_manifest(train_uri), read_manifest(config.evaluate.test)
     train = read_labelled(train_manifest, policy, limits, num_pairs=0, seed=config.run.seed)
     test = read_labelled(test_manifest, policy, limits, num_pairs=NUM_PAIRS, seed=config.run.seed)

@@ -26,9 +26,14 @@ class StepBatch:
     step: int
     """The step this batch is for, counted from 0."""
     views: Tensor
-    """(n, 2, S, S, 3) uint8; n may differ by one unit between ranks and steps."""
+    """(n, 2, S, S, 3) uint8, finished or, with `views.where: gpu`, crops; n may differ by one unit between ranks and
+    steps."""
     sample_ids: np.ndarray
     """(n,) int64."""
+    epochs: np.ndarray
+    """(n,) int64; with `uses`, the rest of the address of each image's draws."""
+    uses: np.ndarray
+    """(n,) int64: how often the sample stood in its unit before, in place of a rejected one."""
     micro_batches: tuple[int, ...]
     """Images of each micro-batch, in the order of `views`; they add up to n."""
     images_by_rank: tuple[int, ...]
@@ -119,12 +124,17 @@ def _collect(step: int, mine: range, units: Iterator[Mapping[str, np.ndarray]], 
             )
         parts.append(part)
     wait_s = time.monotonic() - started
-    rejected = np.concatenate([part["rejected_id"] for part in parts])
-    reason = np.concatenate([part["reason"] for part in parts])
+
+    def column(name: str) -> np.ndarray:
+        return np.concatenate([part[name] for part in parts])
+
+    rejected, reason = column("rejected_id"), column("reason")
     return StepBatch(
         step,
-        torch.from_numpy(np.concatenate([part["views"] for part in parts])),
-        np.concatenate([part["sample_id"] for part in parts]),
+        torch.from_numpy(column("views")),
+        column("sample_id"),
+        column("epoch"),
+        column("use"),
         shares.micro_batches(step),
         shares.images_by_rank(step),
         tuple((int(rejected[i]), int(reason[i])) for i in np.flatnonzero(rejected >= 0)),

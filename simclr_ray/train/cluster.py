@@ -13,7 +13,7 @@ import math
 import os
 import socket
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import ray.exceptions
@@ -21,10 +21,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from simclr_ray.config import ClusterConfig
 from simclr_ray.errors import ClusterError
+from simclr_ray.views.stage import Where
 
 log = logging.getLogger("simclr_ray.ray")
 
 PROBE_TIMEOUT_S = 10.0
+_CPUS_FOR_A_GPU = 3
+"""An H100 takes the pairs of about 1,250 images a second in ResNet-50, and a core finishes some 600 to 900: below three
+cores for each GPU, the stream had better leave the colours to it."""
 
 
 @contextlib.contextmanager
@@ -141,6 +145,20 @@ def resolve_workers(config: ClusterConfig, resources: dict[str, float]) -> tuple
             fix="use fewer workers, or cluster.use_gpu=false",
         )  # fmt: skip
     return workers, use_gpu
+
+
+def resolve_views(
+    where: Literal["auto", "cpu", "gpu"], config: ClusterConfig, resources: dict[str, float], *,
+    workers: int, use_gpu: bool,
+) -> tuple[Where, str]:  # fmt: skip
+    """Who does the colours of the views, and why, in words."""
+    if where != "auto":
+        return where, "as set by views.where"
+    if not use_gpu:
+        return "cpu", "there is no GPU to do them"
+    left = max(0.0, resources.get("CPU", 0.0) - workers * config.cpus_per_worker) / workers
+    words = f"the stream has {left:.1f} CPUs for each GPU, and 3 keep one busy with finished views"
+    return ("gpu" if left < _CPUS_FOR_A_GPU else "cpu"), words
 
 
 def _quiet() -> None:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from simclr_ray.config import Config, ViewsConfig
+from simclr_ray.config import Config, DataConfig, ViewsConfig
+from simclr_ray.data.decode import Limits
 from simclr_ray.data.manifest import Manifest
 from simclr_ray.data.plan import UnitTable, share, units_per_micro_batch, units_per_step
 from simclr_ray.errors import ConfigError
@@ -97,6 +98,11 @@ def derive(config: Config, manifest: Manifest) -> Derived:
         peak_learning_rate=peak,
         negatives_per_anchor=2 * global_batch - 2,
     )
+
+
+def limits_of(data: DataConfig) -> Limits:
+    """What is decoded at all."""
+    return Limits(max_pixels=data.max_pixels, min_side=data.min_side, animated=data.animated)
 
 
 COPIED_PROBABILITIES = (

@@ -15,7 +15,6 @@ from simclr_ray import storage
 from simclr_ray.config import Config
 from simclr_ray.configure import ConfigSource, load_config
 from simclr_ray.data.cursor import SegmentCursor
-from simclr_ray.data.decode import Limits
 from simclr_ray.data.manifest import Manifest, read_manifest
 from simclr_ray.data.stream import (
     PlanAddress,
@@ -26,12 +25,13 @@ from simclr_ray.data.stream import (
 from simclr_ray.errors import ClusterError, ConfigError, SimclrError, root_cause
 from simclr_ray.observe.console import Console
 from simclr_ray.train import checkpoint as ckpt
-from simclr_ray.train.cluster import beside_the_driver, connected, prints_logged, resolve_workers
-from simclr_ray.train.derive import Derived, check_world_size, derive, policy_of, sentences, shares
+from simclr_ray.train.cluster import beside_the_driver, connected, prints_logged, resolve_views, resolve_workers
+from simclr_ray.train.derive import Derived, check_world_size, derive, limits_of, policy_of, sentences, shares
 from simclr_ray.train.desk import Desk, News
 from simclr_ray.train.run import RunFolder, open_run, read_quarantine, write_quarantine
 from simclr_ray.train.worker import WorkerOrder, train_worker
-from simclr_ray.views.stage import ViewStage
+from simclr_ray.views.make import how_views_are_made
+from simclr_ray.views.stage import ViewStage, Where
 
 POLL_S = 0.5
 
@@ -87,7 +87,11 @@ def pretrain(config: ConfigSource = None, overrides: Sequence[str] = ()) -> RunR
         check_world_size(workers, derived)
         parts = " + ".join(map(str, shares(derived, workers)))
         console.say(f"workers: {workers} on {'GPU' if use_gpu else 'CPU'}; per-rank share {parts} images")
-        return _run(settings, manifest, derived, run, console, workers=workers, use_gpu=use_gpu)
+        where, why = resolve_views(
+            settings.views.where, settings.cluster, ray.cluster_resources(), workers=workers, use_gpu=use_gpu
+        )
+        console.say(f"views: {how_views_are_made(where)} ({why})")
+        return _run(settings, manifest, derived, run, console, workers=workers, use_gpu=use_gpu, where=where)
 
 
 def _require(config: Config) -> None:
@@ -107,9 +111,10 @@ def _run(
     *,
     workers: int,
     use_gpu: bool,
+    where: Where,
 ) -> RunResult:
     desk = beside_the_driver(Desk).remote((run.info() or {}).get("attempts", 0))
-    trainer = _trainer(config, manifest, derived, run, desk, workers=workers, use_gpu=use_gpu)
+    trainer = _trainer(config, manifest, derived, run, desk, workers=workers, use_gpu=use_gpu, where=where)
     run.update(status="running", workers=workers)
     keeper = _Keeper(run, desk, console)
     outcome: list[BaseException | None] = []
@@ -144,20 +149,28 @@ def _run(
 
 
 def _trainer(
-    config: Config, manifest: Manifest, derived: Derived, run: RunFolder, desk: Any, *, workers: int, use_gpu: bool
+    config: Config,
+    manifest: Manifest,
+    derived: Derived,
+    run: RunFolder,
+    desk: Any,
+    *,
+    workers: int,
+    use_gpu: bool,
+    where: Where,
 ) -> ray.train.torch.TorchTrainer:
     configure_ray_data()
     cursor = beside_the_driver(SegmentCursor).remote()
-    limits = Limits(max_pixels=config.data.max_pixels, min_side=config.data.min_side)
+    limits = limits_of(config.data)
     stream = unit_stream(
         PlanAddress(manifest.folder, manifest.fingerprint, config.run.seed),
         cursor,
-        ViewStage(policy_of(config.views), config.run.seed, limits),
+        ViewStage(policy_of(config.views), config.run.seed, limits, where),
         unit_rows=derived.unit_rows,
         units_per_task=config.data.units_per_task,
     )
     resources = {"CPU": config.cluster.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
-    order = WorkerOrder(config, derived, run, manifest.fingerprint, cursor, desk)
+    order = WorkerOrder(config, derived, run, manifest.fingerprint, where, cursor, desk)
     return ray.train.torch.TorchTrainer(
         train_worker,
         train_loop_config={"order": order},

@@ -43,6 +43,7 @@ FREE = (
     "data.units_per_segment",
     "data.steps_ahead",
     "data.prefetch_units",
+    "views.where",
     "loss.exchange",
     "loss.kernel",
     "train.channels_last",

@@ -33,11 +33,13 @@ from simclr_ray.train import checkpoint as ckpt
 from simclr_ray.train.batches import Shares, StepBatch, step_batches
 from simclr_ray.train.cluster import usable_cores
 from simclr_ray.train.derive import Derived, policy_of
+from simclr_ray.train.device import ViewsOnDevice
 from simclr_ray.train.run import RunFolder
 from simclr_ray.train.step import train_step
 from simclr_ray.train.step_log import Position, StepLog, TooManyRejectedError
 from simclr_ray.views.apply import normalise
 from simclr_ray.views.policy import Policy
+from simclr_ray.views.stage import Where
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class WorkerOrder:
     derived: Derived
     run: RunFolder
     manifest_fingerprint: str
+    where: Where
+    """Who does the colours of the views."""
     cursor: Any
     """`SegmentCursor` actor."""
     desk: Any
@@ -77,6 +81,7 @@ def _train(order: WorkerOrder) -> None:
     attempt = _next_attempt(order.desk, rank)
     autocast, policy = _autocast(config, device), policy_of(config.views)
     step_log = StepLog(config, derived, order.run, order.desk, rank=rank, device=device, attempt=attempt, start=start)
+    views_on_device = ViewsOnDevice(device, policy, seed=config.run.seed, where=order.where)
 
     def encode(views: Tensor) -> Tensor:
         with autocast():
@@ -84,8 +89,7 @@ def _train(order: WorkerOrder) -> None:
 
     with step_log:
         for batch in _batches(order, rank, world_size, first_step=start.step):
-            views = batch.views.to(device, non_blocking=True)  # (n, 2, S, S, 3) uint8: the smallest thing to move
-            micro_batches = torch.split(views, list(batch.micro_batches))
+            micro_batches = torch.split(views_on_device(batch), list(batch.micro_batches))
             if config.model.batch_norm == "frozen" and batch.step == 0:
                 _calibrate(model, encode, micro_batches)
             learning_rate = _learning_rate(order, batch.step)

@@ -4,76 +4,145 @@ A row that does not decode is never dropped, for a dropped row would shift every
 next row of its unit that does (in planned order, around the end), in views of its own: the c-th use of a sample in
 its unit takes views 2c and 2c + 1. The rule knows the unit alone, so it is the same at every world size; the
 rejected row is reported beside.
+
+Crops are drawn from the headers, before anything is decoded. Decoded images live for as long as their views are being
+made, some at a time in one piece of memory: fresh memory costs page faults worth up to 40 % of a large image.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from simclr_ray.data.decode import REASONS, Limits, Rejected, decode
+from simclr_ray.data.decode import REASONS, Header, Limits, Pixels, Rejected, decode_reduced, read_header
 from simclr_ray.errors import DataError
-from simclr_ray.views.apply import two_views
-from simclr_ray.views.draw import draw
+from simclr_ray.views.draw import Draws, draw
+from simclr_ray.views.make import crop, two_views
 from simclr_ray.views.policy import Policy
 
 Columns = dict[str, npt.NDArray[np.generic]]
 Integers = npt.NDArray[np.int64]
+Where = Literal["cpu", "gpu"]
+"""`cpu`: the stage makes finished views. `gpu`: it crops, and who trains does the colours (`colours_of`)."""
 
 ACCEPTED = -1
+_BYTES_AT_ONCE = 2 << 20
+"""Decoded images that are turned into views by one call: some photographs, which stay in the cache, or all of a unit of
+small images, for which a call costs as much as an image."""
 
 
 @dataclass(frozen=True)
 class ViewStage:
-    """Decode, draw and apply, for Ray Data's `map_batches` over whole units."""
+    """Header, draw, decode and apply, for Ray Data's `map_batches` over whole units."""
 
     policy: Policy
     seed: int
     limits: Limits
+    where: Where = "cpu"
 
     def __call__(self, unit: Columns) -> Columns:
         """Turn the columns `image`, `sample_id`, `unit` and `epoch` into views.
 
         Returns:
-            `views` (R, 2, S, S, 3) uint8; `sample_id` (R,) of the image that was used; `unit` as it came;
-            `rejected_id` (R,) and `reason` (R,) of the image that stood here before, -1 where it was used.
+            `views` (R, 2, S, S, 3) uint8; `sample_id`, `epoch` and `use` (R,) of the image that was used, which are the
+            address of its draws; `unit` as it came; `rejected_id` (R,) and `reason` (R,) of the image that stood here
+            before, -1 where it was used.
 
         Raises:
             DataError: no row of the unit decodes.
         """
         torch.set_num_threads(1)  # Ray runs one such task a CPU; more threads would only compete
-        decoded = [decode(data, self.limits) for data in unit["image"].tolist()]
-        reasons = np.array([_code(image) for image in decoded], dtype=np.int8)
+        return self.columns(unit)
+
+    def columns(self, unit: Columns) -> Columns:
+        """The same, leaving the process's number of threads alone."""
+        encoded: list[bytes | None] = unit["image"].tolist()
+        ids, epochs = unit["sample_id"].astype(np.int64), unit["epoch"].astype(np.int64)
+        headers = [read_header(data, self.limits) for data in encoded]
+        reasons = np.array([_code(header) for header in headers], dtype=np.int8)
+        views = np.empty((len(ids), 2, self.policy.size, self.policy.size, 3), dtype=np.uint8)
+        use = np.zeros(len(ids), dtype=np.int64)
+        self._fill(
+            views, np.flatnonzero(reasons == ACCEPTED), np.arange(len(ids)), use, encoded, headers, reasons, unit
+        )
         accepted = reasons == ACCEPTED
         if not accepted.any():
             names = ", ".join(sorted({REASONS[code] for code in reasons}))
             raise DataError(
-                f"none of the {len(decoded)} images of unit {unit['unit'][0]} can be decoded",
+                f"none of the {len(ids)} images of unit {unit['unit'][0]} can be decoded",
                 got=names,
-                fix="look at the images with sample ids from " + str(unit["sample_id"].min()),
+                fix="look at the images with sample ids from " + str(ids.min()),
             )
         source, use = replacements(accepted)
-        images = [image for image in (decoded[i] for i in source) if not isinstance(image, Rejected)]
-        ids = unit["sample_id"].astype(np.int64)
-        draws = draw(
-            self.policy,
-            seed=self.seed,
-            epoch=unit["epoch"][source].astype(np.int64),
-            sample_ids=ids[source],
-            sizes=np.array([image.shape[:2] for image in images]),
-            views=2 * int(use.max()) + 2,
-        )
-        mine = draws[np.arange(len(use))[:, None], 2 * use[:, None] + np.arange(2)]
+        if not accepted.all():
+            self._fill(views, np.flatnonzero(~accepted), source, use, encoded, headers, reasons, unit)
         return {
-            "views": two_views(images, mine, self.policy),
+            "views": views,
             "sample_id": ids[source],
+            "epoch": epochs[source],
+            "use": use,
             "unit": unit["unit"],
-            "rejected_id": np.where(reasons == ACCEPTED, -1, ids),
+            "rejected_id": np.where(accepted, -1, ids),
             "reason": reasons,
         }
+
+    def _fill(
+        self, views: Pixels, places: Integers, source: Integers, use: Integers, encoded: Sequence[bytes | None],
+        headers: Sequence[Header | Rejected], reasons: npt.NDArray[np.int8], unit: Columns,
+    ) -> None:  # fmt: skip
+        """Make the views at `places` from the rows `source[places]`; what does not decode gets its reason."""
+        rows = source[places]
+        sizes = np.array([_size(headers[row]) for row in rows]).reshape(len(rows), 2)
+        draws = draws_at(
+            self.policy, seed=self.seed, epoch=unit["epoch"][rows].astype(np.int64),
+            sample_ids=unit["sample_id"][rows].astype(np.int64), sizes=sizes, use=use[places],
+        )  # fmt: skip
+        make = two_views if self.where == "cpu" else crop
+        for chosen, images in _decoded(rows, encoded, headers, reasons, self.limits):
+            views[places[chosen]] = make(images, draws[chosen], self.policy)
+
+
+def draws_at(
+    policy: Policy, *, seed: int, epoch: Integers, sample_ids: Integers, sizes: Integers, use: Integers
+) -> Draws:
+    """Draws (n, 2) of the c-th use of each sample: views 2c and 2c + 1."""
+    drawn = draw(
+        policy, seed=seed, epoch=epoch, sample_ids=sample_ids, sizes=sizes, views=2 * int(use.max(initial=0)) + 2
+    )
+    return drawn[np.arange(len(use))[:, None], 2 * use[:, None] + np.arange(2)]
+
+
+def _decoded(
+    rows: Integers, encoded: Sequence[bytes | None], headers: Sequence[Header | Rejected],
+    reasons: npt.NDArray[np.int8], limits: Limits,
+) -> Iterator[tuple[list[int], list[Pixels]]]:  # fmt: skip
+    """Groups of images that decode, and their indices in `rows`; valid until the next group."""
+    memory = np.empty(_BYTES_AT_ONCE, dtype=np.uint8)
+    chosen: list[int] = []
+    images: list[Pixels] = []
+    used = 0
+    for index, row in enumerate(rows.tolist()):
+        data, header = encoded[row], headers[row]
+        assert data is not None
+        assert not isinstance(header, Rejected)
+        needed = 3 * header.height * header.width
+        if images and used + needed > len(memory):
+            yield chosen, images
+            chosen, images, used = [], [], 0
+        image = decode_reduced(data, header, limits, buffer=memory[used:])
+        if isinstance(image, Rejected):
+            reasons[row] = _code(image)
+            continue
+        chosen.append(index)
+        images.append(image.pixels)
+        used = min(used + needed, len(memory))
+    if images:
+        yield chosen, images
 
 
 def replacements(accepted: npt.NDArray[np.bool_]) -> tuple[Integers, Integers]:
@@ -95,6 +164,11 @@ def replacements(accepted: npt.NDArray[np.bool_]) -> tuple[Integers, Integers]:
     for place in np.flatnonzero(~accepted):
         borrowers[source[place]] = use[place] = borrowers.get(source[place], 0) + 1
     return source.astype(np.int64), use
+
+
+def _size(header: Header | Rejected) -> tuple[int, int]:
+    assert not isinstance(header, Rejected)
+    return header.height, header.width
 
 
 def _code(image: object) -> int:

@@ -7,7 +7,7 @@ import pytest
 from simclr_ray.configure import load_config
 from simclr_ray.data.manifest import Manifest, Shard
 from simclr_ray.errors import ClusterError, ConfigError
-from simclr_ray.train.cluster import local_cpus, resolve_workers
+from simclr_ray.train.cluster import local_cpus, resolve_views, resolve_workers
 from simclr_ray.train.derive import check_world_size, derive, policy_of, sentences, shares
 
 
@@ -90,6 +90,29 @@ def test_gpus_are_used_where_there_are_some() -> None:
     assert resolve_workers(config, {"CPU": 16.0, "GPU": 8.0}) == (8, True)
     with pytest.raises(ClusterError, match="GPU each"):
         resolve_workers(load_config(None, ["cluster.use_gpu=true"]).cluster, {"CPU": 16.0})
+
+
+@pytest.mark.parametrize(
+    ("where", "cpus", "gpus", "expected"),
+    [
+        ("auto", 4, 0, "cpu"),
+        ("auto", 40, 8, "cpu"),
+        ("auto", 16, 8, "gpu"),
+        ("gpu", 64, 1, "gpu"),
+        ("cpu", 9, 8, "cpu"),
+    ],
+)
+def test_the_gpu_does_the_colours_where_cpus_are_few(where: str, cpus: int, gpus: int, expected: str) -> None:
+    resources = {"CPU": float(cpus), "GPU": float(gpus)}
+    got, why = resolve_views(
+        where,
+        load_config(None).cluster,
+        resources,
+        workers=max(1, gpus),
+        use_gpu=gpus > 0,  # type: ignore[arg-type]
+    )
+    assert got == expected
+    assert why
 
 
 def test_a_policy_is_the_preset_with_what_the_config_sets() -> None:

@@ -13,6 +13,6 @@ from simclr_ray.train.worker import _loss
 def test_the_loss_is_the_config_s_and_trusts_the_plan_after_the_first_step() -> None:
     values = {"temperature": 0.3, "flavour": "paper", "exchange": "ring", "kernel": "triton"}
     config = load_config({"loss": values})
-    batch = StepBatch(3, torch.zeros(8), np.zeros(8), (4, 4), (8, 16), (), 0.0)
+    batch = StepBatch(3, torch.zeros(8), np.zeros(8), np.zeros(8), np.zeros(8), (4, 4), (8, 16), (), 0.0)
     assert _loss(config, batch, first=False).keywords == values | {"images": (8, 16)}  # type: ignore[attr-defined]
     assert _loss(config, batch, first=True).keywords == values | {"images": None}  # type: ignore[attr-defined]

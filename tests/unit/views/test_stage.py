@@ -12,6 +12,7 @@ from PIL import Image
 
 from simclr_ray.data.decode import REASONS, Limits
 from simclr_ray.errors import DataError
+from simclr_ray.views import stage
 from simclr_ray.views.policy import preset
 from simclr_ray.views.stage import ViewStage, replacements
 
@@ -62,6 +63,24 @@ def test_a_rejected_row_is_replaced_by_the_next_one_in_views_of_its_own() -> Non
     assert not np.array_equal(out["views"][1], out["views"][2])
     clean = STAGE(unit([png(0), png(2), png(4)], [10, 12, 14]))
     assert np.array_equal(out["views"][[0, 2, 4]], clean["views"])
+
+
+def test_large_images_are_taken_some_at_a_time_and_small_ones_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [png(i) for i in range(9)]  # 1440 bytes each, decoded
+    expected = STAGE(unit(images, list(range(9))))
+    for room in (1, 1440, 4000, 10_000):
+        monkeypatch.setattr(stage, "_BYTES_AT_ONCE", room)
+        out = STAGE(unit(images, list(range(9))))
+        assert all(np.array_equal(out[name], expected[name]) for name in expected)
+
+
+def test_an_image_that_breaks_in_its_pixels_is_replaced_as_one_that_breaks_in_its_header() -> None:
+    cut = png(1)[:-40]
+    out = STAGE(unit([png(0), cut, png(2)], [10, 11, 12]))
+    assert out["rejected_id"].tolist() == [-1, 11, -1]
+    assert REASONS[out["reason"][1]] == "truncated"
+    assert out["sample_id"].tolist() == [10, 12, 12]
+    assert out["use"].tolist() == [0, 1, 0]
 
 
 def test_a_unit_without_any_image_is_an_error_that_names_it() -> None:

@@ -1,0 +1,107 @@
+"""What the encoder is going to see: images of the data set, their first two views, and the numbers drawn for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from simclr_ray import storage
+from simclr_ray.configure import ConfigSource, load_config
+from simclr_ray.data.decode import Rejected, decode
+from simclr_ray.data.manifest import read_manifest
+from simclr_ray.data.plan import Plan, UnitTable
+from simclr_ray.errors import ConfigError
+from simclr_ray.evaluate.pictures import Image, views_sheet
+from simclr_ray.train.derive import limits_of, policy_of
+from simclr_ray.views.draw import BRIGHTNESS, CONTRAST, HUE, SATURATION, Draws
+from simclr_ray.views.policy import Policy
+from simclr_ray.views.stage import Columns, ViewStage, draws_at
+
+_MOST = 64
+
+
+def preview(
+    config: ConfigSource = None, overrides: Sequence[str] = (), *, output: str = "views.png", images: int = 12
+) -> list[str]:
+    """Draw a sheet of images beside the two views of each that the first epoch trains on; no Ray cluster is started.
+
+    Args:
+        config: As for `pretrain`; `data.train`, `views`, `run.seed` and limits of `data` count.
+        overrides: On top.
+        output: PNG to write.
+        images: How many, 1 to 64: the first of the run's order.
+
+    Returns:
+        The drawn parameters in words, some lines an image.
+
+    Raises:
+        ConfigError: no data set is named, or a number out of range.
+        DataError: the data set cannot be read.
+    """
+    settings = load_config(config, overrides)
+    if not settings.data.train:
+        raise ConfigError("data.train must be set", fix="add --set data.train=FOLDER")
+    if not 1 <= images <= _MOST:
+        raise ConfigError("a sheet of so many images cannot be drawn", got=images, expected=f"1 to {_MOST}")
+    manifest = read_manifest(storage.normalise(settings.data.train))
+    table = UnitTable(manifest)
+    if not table.num_units:
+        raise ConfigError("the data set fills no unit", where="data.train", got=f"{manifest.rows} images")
+    policy = policy_of(settings.views)
+    limits = limits_of(settings.data)
+    stage = ViewStage(policy, settings.run.seed, limits)
+    originals: list[Image] = []
+    views: list[Image] = []
+    lines: list[str] = []
+    from simclr_ray.data.stream import read_unit  # here, for it imports Ray
+
+    for index in range(min(table.num_units, -(-images // manifest.unit_rows))):
+        rows = read_unit(manifest, Plan(table, settings.run.seed).unit(index))
+        unit: Columns = {name: rows[name].to_numpy(zero_copy_only=False) for name in rows.column_names}
+        out = stage.columns(unit)
+        encoded = dict(zip(unit["sample_id"].tolist(), unit["image"].tolist(), strict=True))
+        wanted = slice(0, images - len(originals))
+        for place, sample_id in enumerate(out["sample_id"][wanted].tolist()):
+            image = decode(encoded[sample_id], limits)
+            assert not isinstance(image, Rejected)
+            originals.append(image)
+            views.append(out["views"][place].astype(np.uint8))
+            address = {name: out[name][place : place + 1].astype(np.int64) for name in ("epoch", "use")}
+            draws = draws_at(
+                policy, seed=settings.run.seed, sample_ids=np.array([sample_id]),
+                sizes=np.array([image.shape[:2]]), **address,
+            )  # fmt: skip
+            lines += describe(sample_id, image.shape[:2], draws, policy)
+    views_sheet(originals, np.stack(views), output, title=f"{settings.views.preset}, flavour {policy.flavour}")
+    return lines
+
+
+def describe(sample_id: int, size: tuple[int, ...], draws: Draws, policy: Policy) -> Iterator[str]:
+    """The draws (1, 2) of one image, a line for it and a line for each view."""
+    yield f"image {sample_id}: {size[1]} x {size[0]} pixels"
+    for view, name in enumerate("ab"):
+        drawn = draws[0:1, view : view + 1].flatten()[0]
+        yield f"  view {name}: " + "; ".join(_words(drawn, size, policy))
+
+
+def _words(drawn: Draws, size: tuple[int, ...], policy: Policy) -> Iterator[str]:
+    share = drawn.height * drawn.width / (size[0] * size[1])
+    flipped = ", mirrored" if drawn.flip else ""
+    yield f"crop {drawn.width} x {drawn.height} at {drawn.left}, {drawn.top} ({share:.0%} of the area){flipped}"
+    if drawn.jitter:
+        words = {
+            BRIGHTNESS: (policy.brightness, f"brightness x {drawn.brightness:.2f}"),
+            CONTRAST: (policy.contrast, f"contrast x {drawn.contrast:.2f}"),
+            SATURATION: (policy.saturation, f"saturation x {drawn.saturation:.2f}"),
+            HUE: (policy.hue, f"hue {360 * drawn.hue:+.0f} degrees"),
+        }
+        changes = [words[number][1] for number in drawn.order.tolist() if words[number][0] > 0]
+        if changes:
+            yield ", then ".join(changes)
+    if drawn.grayscale:
+        yield "gray"
+    if drawn.blur:
+        yield f"blur of {drawn.sigma:.2f} pixels"
+    if drawn.solarize:
+        yield "solarized"

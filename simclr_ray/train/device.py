@@ -1,0 +1,68 @@
+"""From the views of the stream to views on the device that trains: the smallest thing to move, while it computes.
+
+On CUDA the copy goes from pinned memory on a stream of its own, so it runs beside the step that the device is still
+busy with; so do the colours, where `views.where` is `gpu`. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from simclr_ray.train.batches import StepBatch
+from simclr_ray.views.colour import colour
+from simclr_ray.views.policy import Policy
+from simclr_ray.views.stage import Where, draws_at
+
+_IMAGES_AT_ONCE = 256
+"""Colours are float32, four times the bytes of the views: 256 pairs of 224 px take 300 MB."""
+
+
+class ViewsOnDevice:
+    """Brings the views of one batch after the other to a device."""
+
+    def __init__(self, device: torch.device, policy: Policy, *, seed: int, where: Where) -> None:
+        """`policy`, `seed` and `where` are those of the stage that made the views."""
+        self._device, self._policy, self._seed, self._where = device, policy, seed, where
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def __call__(self, batch: StepBatch) -> Tensor:
+        """Finished views (n, 2, S, S, 3), uint8, on the device."""
+        if self._stream is None:
+            return self._finish(batch.views, batch)
+        with torch.cuda.stream(self._stream):
+            views = self._finish(batch.views.pin_memory().to(self._device, non_blocking=True), batch)
+        current = torch.cuda.current_stream(self._device)
+        current.wait_stream(self._stream)
+        views.record_stream(current)  # or its memory could be handed out again while the step reads it
+        return views
+
+    def _finish(self, views: Tensor, batch: StepBatch) -> Tensor:
+        return views if self._where == "cpu" else finish_colours(views, batch, self._policy, seed=self._seed)
+
+
+def finish_colours(crops: Tensor, batch: StepBatch, policy: Policy, *, seed: int) -> Tensor:
+    """Do the colours that the stage left out, from the same draws: what it would have made, within 1 level.
+
+    Args:
+        crops: (n, 2, S, S, 3) uint8; overwritten.
+        batch: Its sample ids, epochs and uses are the address of the draws.
+        policy: Of the run.
+        seed: Of the run.
+    """
+    draws = draws_at(
+        policy,
+        seed=seed,
+        epoch=batch.epochs,
+        sample_ids=batch.sample_ids,
+        sizes=np.full((len(crops), 2), policy.size),  # only crops look at sizes
+        use=batch.uses,
+    )
+    for start in range(0, len(crops), _IMAGES_AT_ONCE):
+        rows = slice(start, start + _IMAGES_AT_ONCE)
+        chosen = crops[rows]
+        chosen.copy_(colour(chosen.flatten(0, 1), draws[rows].flatten(), policy).view_as(chosen))
+    return crops

@@ -1,0 +1,53 @@
+"""View pairs from bytes in one call are what the stream makes of the same ids."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import simclr_ray
+from simclr_ray.data.decode import Limits
+from simclr_ray.errors import ConfigError, DataError
+from simclr_ray.views.policy import preset
+from simclr_ray.views.stage import ViewStage
+from tests.unit.views.test_stage import png, unit
+
+
+def test_one_call_makes_what_the_stream_makes() -> None:
+    images, ids = [png(i) for i in range(5)], [7, 3, 9, 11, 2]
+    expected = ViewStage(preset("cifar", size=16), 4, Limits())(unit(images, ids, epoch=6))["views"]
+    views = simclr_ray.two_views(images, size=16, seed=4, epoch=6, sample_ids=ids, policy="cifar")
+    assert np.array_equal(views, expected)
+    again = simclr_ray.two_views(images, seed=4, epoch=6, sample_ids=ids, policy=preset("cifar", size=16))
+    assert np.array_equal(again, expected)
+    assert simclr_ray.two_views(images, size=8, policy=preset("cifar", size=16)).shape == (5, 2, 8, 8, 3)
+
+
+def test_no_images_are_no_views() -> None:
+    assert simclr_ray.two_views([]).shape == (0, 2, 224, 224, 3)
+
+
+def test_what_does_not_decode_is_named_by_place_and_reason() -> None:
+    with pytest.raises(DataError, match=r"2 of 3 images cannot be decoded \(got 0 \(empty\), 2 \(not_an_image\)\)"):
+        simclr_ray.two_views([b"", png(1), b"<html>"], policy="cifar")
+
+
+def test_ids_must_fit_the_images() -> None:
+    with pytest.raises(ConfigError, match="each image needs one id"):
+        simclr_ray.two_views([png(1)], sample_ids=[1, 2], policy="cifar")
+
+
+def test_it_needs_no_ray_and_leaves_the_threads_alone() -> None:
+    code = (
+        "import sys, io, torch, numpy, simclr_ray\n"
+        "from PIL import Image\n"
+        "stream = io.BytesIO(); Image.fromarray(numpy.zeros((9, 9, 3), 'uint8')).save(stream, 'PNG')\n"
+        "torch.set_num_threads(2)\n"
+        "assert simclr_ray.two_views([stream.getvalue()], policy='cifar').shape == (1, 2, 32, 32, 3)\n"
+        "assert torch.get_num_threads() == 2\n"
+        "assert not {'ray', 'timm', 'pyarrow'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
