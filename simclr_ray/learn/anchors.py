@@ -10,9 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from simclr_ray.collectives import all_gather_equal
 from simclr_ray.learn.tiles import RowSums
 
 _SMALLEST_NORM = 1e-6
@@ -61,13 +59,8 @@ def facts_of(sums: RowSums, unit: Tensor, temperature: float, *, wide: bool) -> 
     )
 
 
-def global_numbers(
-    facts: Facts, norm: Tensor, unit: Tensor, anchors: int, group: ProcessGroup | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, statistics (4,) in the order of `NTXent`, and non-finite rows by rank, from one small gather.
-
-    The negatives' mean similarity needs no look at the pairs: all similarities together are |sum of z|^2.
-    """
+def own_numbers(facts: Facts, norm: Tensor, unit: Tensor) -> Tensor:
+    """What a rank tells the others of its anchors: (6 + D,) float64, which `global_numbers` understands."""
     scalars = [
         facts.losses.sum(),
         facts.hits.sum(),
@@ -76,9 +69,15 @@ def global_numbers(
         (row_dots(unit[0], unit[0]) + row_dots(unit[1], unit[1])).sum(dtype=torch.float64),
         (~torch.isfinite(norm)).sum(dtype=torch.float64),
     ]
-    mine = torch.cat([torch.stack(scalars), unit.sum(dim=(0, 1)).double()])
-    everyone = all_gather_equal(mine, group)  # (W, 6 + D); summed in rank order, so alike on all ranks to the bit
-    total = everyone.sum(dim=0)
+    return torch.cat([torch.stack(scalars), unit.sum(dim=(0, 1)).double()])
+
+
+def global_numbers(everyone: Tensor, anchors: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, statistics (4,) in the order of `NTXent`, and non-finite rows by rank, from all `own_numbers` (W, 6 + D).
+
+    The negatives' mean similarity needs no look at the pairs: all similarities together are |sum of z|^2.
+    """
+    total = everyone.sum(dim=0)  # in rank order, so alike on all ranks to the bit
     loss, hits, entropy, positives, squares = (total[i] / anchors for i in range(5))
     pairs = anchors * (anchors - 2)
     negative = (total[6:].square().sum() - (squares + positives) * anchors) / pairs

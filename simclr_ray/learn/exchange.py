@@ -22,12 +22,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from simclr_ray.collectives import all_gather_rows, all_reduce_max_, all_reduce_sum, rank, reduce_scatter_rows_, ring
+from simclr_ray.collectives import (
+    all_gather_equal,
+    all_gather_rows,
+    all_reduce_max_,
+    all_reduce_sum,
+    rank,
+    reduce_scatter_rows_,
+    ring,
+)
 from simclr_ray.learn.tiles import ALL_QUADRANTS, RowSums
 
+_ONE_GATHER_BYTES = 16 << 20
+"""Up to this size of all projections, a copy costs less than a second collective."""
 ExchangeName = Literal["gather", "half", "ring"]
 
 
@@ -76,7 +87,7 @@ class Gather:
     mirrored = False
 
     def __init__(self, unit: Tensor, counts: Sequence[int], group: ProcessGroup | None) -> None:
-        """Gather; one collective a view, so that each view's columns lie together without a copy."""
+        """Gather. Large batches take one collective a view, so that its columns lie together without a copy."""
         self._counts, self._rank, self._group, self.unit = counts, rank(group), group, unit
         self._columns = _gather_views(unit, counts, group)  # (2, B, D)
         start = sum(counts[: self._rank])
@@ -165,14 +176,36 @@ class Ring:
         return gradient
 
 
-def gather_by_view(x: Tensor, counts: Sequence[int], group: ProcessGroup | None) -> Tensor:
-    """(2, n) of this rank to (2, B) of all, one collective; for what is small against the projections."""
-    return all_gather_rows(x.T.contiguous(), counts, group).T.contiguous()
+def gather_facts(
+    numbers: Tensor, by_view: Tensor, counts: Sequence[int], group: ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """What is small against the projections, in one collective.
+
+    Args:
+        numbers: (k,) float64 of this rank.
+        by_view: (2, n), of float64 or a narrower dtype.
+        counts: Images n of every rank.
+        group: Ranks that take part; None = all.
+
+    Returns:
+        (W, k) numbers of all ranks, and (2, B) in `by_view`'s dtype.
+    """
+    longest = max(counts)
+    mine = numbers.new_zeros((len(numbers) + 2 * longest,))
+    mine[: len(numbers)] = numbers
+    mine[len(numbers) :].view(2, longest)[:, : by_view.shape[1]] = by_view
+    everyone = all_gather_equal(mine, group)
+    views = everyone[:, len(numbers) :].view(len(counts), 2, longest)
+    parts = [views[r, :, :count] for r, count in enumerate(counts)]
+    return everyone[:, : len(numbers)], torch.cat(parts, dim=1).to(by_view.dtype)
 
 
 def _gather_views(unit: Tensor, counts: Sequence[int], group: ProcessGroup | None) -> Tensor:
     if len(counts) == 1:
         return unit
+    if 2 * sum(counts) * unit.shape[2] * unit.element_size() <= _ONE_GATHER_BYTES:
+        rows = all_gather_rows(unit.transpose(0, 1).contiguous(), counts, group)  # (B, 2, D)
+        return rows.transpose(0, 1).contiguous()
     columns = unit.new_empty((2, sum(counts), unit.shape[2]))
     for view in (0, 1):
         all_gather_rows(unit[view], counts, group, out=columns[view])

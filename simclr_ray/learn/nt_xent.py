@@ -31,8 +31,8 @@ from torch.distributed import ProcessGroup
 
 from simclr_ray.collectives import group_name, group_of, rank, world_size
 from simclr_ray.errors import ConfigError
-from simclr_ray.learn.anchors import compute_dtype, facts_of, finish_gradient, global_numbers, normalize
-from simclr_ray.learn.exchange import ExchangeName, gather_by_view, make_exchange
+from simclr_ray.learn.anchors import compute_dtype, facts_of, finish_gradient, global_numbers, normalize, own_numbers
+from simclr_ray.learn.exchange import ExchangeName, gather_facts, make_exchange
 from simclr_ray.learn.kernels import KernelName, make_kernel
 from simclr_ray.learn.loss_input import (
     Told,
@@ -269,14 +269,14 @@ def _forward(
         mirror = sums.images(block.images) if way.mirrored else None
         kernel.add_block(unit, block.columns, sums.images(way.own), mirror, block.quadrants)
     facts = facts_of(way.complete_sums(sums), unit, temperature, wide=kernel.wide)
-    loss, statistics, nonfinite = global_numbers(facts, norm, unit, anchors, group)
+    everyone, normalizer = gather_facts(own_numbers(facts, norm, unit), facts.normalizer, counts, group)
+    loss, statistics, nonfinite = global_numbers(everyone, anchors)
     if refuse:
         refuse_nonfinite(nonfinite)
     loss, scale = loss * factor, factor * ranks / (anchors * temperature)
     if not wants_gradient:
         return loss.to(unit.dtype), statistics.to(unit.dtype), nonfinite, unit.new_empty(0)
 
-    normalizer = gather_by_view(facts.normalizer, counts, group)  # (2, B)
     mine = slice(sum(counts[: rank(group)]), sum(counts[: rank(group) + 1]))
     gradient = unit.new_zeros((2, way.tracked, unit.shape[2]))
     kernel.own_gradient(unit, normalizer[:, mine], gradient[:, way.own])
