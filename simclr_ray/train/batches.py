@@ -123,15 +123,16 @@ def _collect(step: int, mine: range, units: Iterator[Mapping[str, np.ndarray]], 
                 f"the stream broke the plan's order at step {step}", got=got, expected=f"unit {expected}"
             )
         parts.append(part)
-    wait_s = time.monotonic() - started
 
     def column(name: str) -> np.ndarray:
         return np.concatenate([part[name] for part in parts])
 
     rejected, reason = column("rejected_id"), column("reason")
+    views = torch.from_numpy(column("views"))
+    wait_s = time.monotonic() - started  # putting the units together is part of getting them
     return StepBatch(
         step,
-        torch.from_numpy(column("views")),
+        views,
         column("sample_id"),
         column("epoch"),
         column("use"),

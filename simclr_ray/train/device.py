@@ -1,7 +1,8 @@
 """From the views of the stream to views on the device that trains: the smallest thing to move, while it computes.
 
 On CUDA the copy goes from pinned memory on a stream of its own, so it runs beside the step that the device is still
-busy with; so do the colours, where `views.where` is `gpu`. Nothing here waits for the device.
+busy with; so do the colours, where `views.where` is `gpu`. The host does not wait for the copy; it does wait for the
+side stream some tens of times for each group of images whose colours are made, whose parameters are small copies.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from simclr_ray.views.colour import colour
 from simclr_ray.views.policy import Policy
 from simclr_ray.views.stage import Where, draws_at
 
-_IMAGES_AT_ONCE = 256
-"""Colours are float32, four times the bytes of the views: 256 pairs of 224 px take 300 MB."""
+_IMAGES_AT_ONCE = 128
+"""Colours are float32 and hold about three times that at their peak: 128 pairs of 224 px take some 500 MB."""
 
 
 class ViewsOnDevice:

@@ -7,6 +7,7 @@ Views travel as uint8, channels last; `normalise` makes them floats where they a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -90,8 +91,14 @@ def normalise(views: Tensor, policy: Policy, *, dtype: torch.dtype = torch.float
     assert views.ndim == 4, views.shape
     pixels = views.to(torch.float32).mul_(1 / 255)
     if policy.mean is not None and policy.std is not None:
-        pixels = pixels.sub_(pixels.new_tensor(policy.mean)).div_(pixels.new_tensor(policy.std))
+        pixels = pixels.sub_(_constant(policy.mean, pixels.device)).div_(_constant(policy.std, pixels.device))
     return pixels.to(dtype).permute(0, 3, 1, 2)
+
+
+@cache
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Copied to a device once: each copy from ordinary memory makes the host wait for a GPU."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def _tensor(image: Image) -> Tensor:

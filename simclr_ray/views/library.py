@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from simclr_ray.data.decode import REASONS, Limits
 from simclr_ray.errors import ConfigError, DataError
@@ -13,6 +15,7 @@ from simclr_ray.views.policy import Policy, PresetName, preset
 from simclr_ray.views.stage import ACCEPTED, ViewStage
 
 _SHOWN = 5
+_LARGEST_SIZE = 4096
 
 
 def two_views(
@@ -54,20 +57,45 @@ def two_views(
     if isinstance(policy, str):
         policy = preset(policy, size=size)
     elif size is not None:
-        policy = Policy.model_validate(policy.model_dump() | {"size": size})
-    ids = np.arange(len(encoded)) if sample_ids is None else np.asarray(sample_ids, dtype=np.int64)
-    if ids.shape != (len(encoded),):
-        raise ConfigError("each image needs one id", got=f"{len(encoded)} images, ids of shape {ids.shape}")
+        if not 1 <= size <= _LARGEST_SIZE:
+            raise ConfigError("views of that size cannot be made", got=size, expected=f"1 to {_LARGEST_SIZE} pixels")
+        policy = policy.model_copy(update={"size": size})
+    ids = _checked(encoded, seed, epoch, sample_ids)
     if not len(encoded):
         return np.empty((0, 2, policy.size, policy.size, 3), dtype=np.uint8)
-    column = np.empty(len(encoded), dtype=object)
-    column[:] = list(encoded)
-    unit = {"image": column, "sample_id": ids, "epoch": np.full(len(ids), epoch), "unit": np.zeros(len(ids), np.int64)}
-    out = ViewStage(policy, seed, limits or Limits()).columns(unit)
-    bad = np.flatnonzero(out["reason"] != ACCEPTED)
+    stage = ViewStage(policy, seed, limits or Limits())
+    rows = stage.read(encoded, ids, np.full(len(ids), epoch, dtype=np.int64))
+    views: Image = stage.make(rows)
+    bad = np.flatnonzero(rows.reasons != ACCEPTED)
     if len(bad):
-        names = [f"{place} ({REASONS[out['reason'][place]]})" for place in bad[:_SHOWN].tolist()]
+        names = [f"{place} ({REASONS[rows.reasons[place]]})" for place in bad[:_SHOWN].tolist()]
         more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
         raise DataError(f"{len(bad)} of {len(encoded)} images cannot be decoded", got=", ".join(names) + more)
-    views: Image = out["views"]  # type: ignore[assignment]
     return views
+
+
+def _checked(
+    encoded: Sequence[bytes], seed: int, epoch: int, sample_ids: Sequence[int] | None
+) -> npt.NDArray[np.int64]:
+    """The ids, after a look at everything that is not an image's content."""
+    if isinstance(encoded, (bytes, bytearray, memoryview)) or not all(type(data) is bytes for data in encoded):
+        raise ConfigError("images are given as a list of bytes objects", got=_types(encoded), fix="wrap one as [data]")
+    if not 0 <= epoch < 1 << 32:
+        raise ConfigError("the epoch is out of range", got=epoch, expected="0 to 2**32 - 1")
+    if not 0 <= seed < 1 << 64:
+        raise ConfigError("the seed does not fit the generator", got=seed, expected="0 to 2**64 - 1")
+    if sample_ids is None:
+        return np.arange(len(encoded))
+    try:
+        ids = [operator.index(one) for one in sample_ids]
+    except TypeError:
+        raise ConfigError("ids are whole numbers", got=f"sample_ids={list(sample_ids)[:_SHOWN]}") from None
+    if len(ids) != len(encoded) or not all(-(1 << 63) <= one < 1 << 63 for one in ids):
+        raise ConfigError("each image needs one id of 64 bits", got=f"{len(encoded)} images, {len(ids)} ids")
+    return np.array(ids, dtype=np.int64)
+
+
+def _types(encoded: object) -> str:
+    if isinstance(encoded, Sequence) and not isinstance(encoded, (bytes, bytearray, memoryview)):
+        return ", ".join(sorted({type(one).__name__ for one in encoded}))
+    return type(encoded).__name__

@@ -11,9 +11,11 @@ from simclr_ray.views.policy import Policy
 
 
 def how_views_are_made(where: str) -> str:
-    """A sentence for the log."""
-    by = "the C kernel" if native.available() else f"torch, for {native.why_not()}"
-    return f"finished by {by} in the stream" if where == "cpu" else f"cropped by {by} in the stream, colours on the GPU"
+    """A sentence for the log, as this machine sees it."""
+    by = "the C kernel" if native.available() else f"torch here, for {native.why_not()}"
+    if where == "cpu":
+        return f"finished by {by} in the stream"
+    return f"cropped by {by} in the stream, colours in the train workers"
 
 
 def two_views(images: Sequence[Image], draws: Draws, policy: Policy) -> Image:

@@ -977,6 +977,16 @@ static int check(struct job *job)
     return DONE;
 }
 
+#ifndef SIMCLR_RAY_DIGEST
+#define SIMCLR_RAY_DIGEST 0
+#endif
+
+/* Of the source this was built from, as setup.py says; 0 where something else built it. */
+EXPORT uint64_t simclr_ray_digest(void)
+{
+    return SIMCLR_RAY_DIGEST;
+}
+
 EXPORT int simclr_ray_make_views(struct job *job)
 {
     if (job->version != VERSION)

@@ -20,6 +20,7 @@ under `python -O`.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -37,6 +38,7 @@ __all__ = ["available", "crop", "two_views", "why_not"]
 Image = npt.NDArray[np.uint8]
 
 # Numbers and layouts shared with native.c.
+_SOURCE: Final = Path(__file__).with_name("native.c")
 _VERSION: Final = 1
 _DONE, _OTHER_VERSION, _NO_MEMORY, _BAD_SIZE, _BAD_BOX = range(5)
 _NOTHING: Final = 4  # in `operations`, beside the numbers of draw.py
@@ -195,11 +197,14 @@ def _load() -> tuple[Callable[..., int] | None, str]:
     if file is None:
         return None, "the kernel was not built: install a C compiler, then the package again"
     try:
-        kernel = ctypes.CDLL(str(file)).simclr_ray_make_views
+        library = ctypes.CDLL(str(file))
+        kernel, digest = library.simclr_ray_make_views, library.simclr_ray_digest
     except (OSError, AttributeError) as error:
         return None, f"the kernel cannot be loaded: {error}"
     kernel.argtypes, kernel.restype = [ctypes.POINTER(_Job)], ctypes.c_int
-    if kernel(ctypes.byref(_Job(version=_VERSION, size=1, taps=1))) != _DONE:
+    digest.restype = ctypes.c_uint64
+    built_from, here = digest(), int(hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:16], 16)
+    if built_from not in (0, here) or kernel(ctypes.byref(_Job(version=_VERSION, size=1, taps=1))) != _DONE:
         return None, "the kernel was built from another version of the package: install it again"
     return kernel, ""
 

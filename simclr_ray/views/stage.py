@@ -12,7 +12,7 @@ made, some at a time in one piece of memory: fresh memory costs page faults wort
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import numpy as np
@@ -61,88 +61,108 @@ class ViewStage:
 
     def columns(self, unit: Columns) -> Columns:
         """The same, leaving the process's number of threads alone."""
-        encoded: list[bytes | None] = unit["image"].tolist()
-        ids, epochs = unit["sample_id"].astype(np.int64), unit["epoch"].astype(np.int64)
-        headers = [read_header(data, self.limits) for data in encoded]
-        reasons = np.array([_code(header) for header in headers], dtype=np.int8)
-        views = np.empty((len(ids), 2, self.policy.size, self.policy.size, 3), dtype=np.uint8)
-        use = np.zeros(len(ids), dtype=np.int64)
-        self._fill(
-            views, np.flatnonzero(reasons == ACCEPTED), np.arange(len(ids)), use, encoded, headers, reasons, unit
-        )
-        accepted = reasons == ACCEPTED
+        rows = self.read(unit["image"].tolist(), unit["sample_id"].astype(np.int64), unit["epoch"].astype(np.int64))
+        views = self.make(rows)
+        accepted = rows.reasons == ACCEPTED
         if not accepted.any():
-            names = ", ".join(sorted({REASONS[code] for code in reasons}))
+            names = ", ".join(sorted({REASONS[code] for code in rows.reasons}))
             raise DataError(
-                f"none of the {len(ids)} images of unit {unit['unit'][0]} can be decoded",
+                f"none of the {len(accepted)} images of unit {unit['unit'][0]} can be decoded",
                 got=names,
-                fix="look at the images with sample ids from " + str(ids.min()),
+                fix="look at the images with sample ids from " + str(rows.ids.min()),
             )
         source, use = replacements(accepted)
         if not accepted.all():
-            self._fill(views, np.flatnonzero(~accepted), source, use, encoded, headers, reasons, unit)
+            self._fill(views, np.flatnonzero(~accepted), source, use, rows)
+            if ((rows.reasons == ACCEPTED) != accepted).any():
+                raise DataError(f"an image of unit {unit['unit'][0]} decoded once and not again", fix="run again")
         return {
             "views": views,
-            "sample_id": ids[source],
-            "epoch": epochs[source],
+            "sample_id": rows.ids[source],
+            "epoch": rows.epochs[source],
             "use": use,
             "unit": unit["unit"],
-            "rejected_id": np.where(accepted, -1, ids),
-            "reason": reasons,
+            "rejected_id": np.where(accepted, -1, rows.ids),
+            "reason": rows.reasons,
         }
 
-    def _fill(
-        self, views: Pixels, places: Integers, source: Integers, use: Integers, encoded: Sequence[bytes | None],
-        headers: Sequence[Header | Rejected], reasons: npt.NDArray[np.int8], unit: Columns,
-    ) -> None:  # fmt: skip
+    def read(self, encoded: Sequence[bytes | None], ids: Integers, epochs: Integers) -> Rows:
+        """Read the headers of n encoded images, whose ids and epochs are (n,)."""
+        headers = [read_header(data, self.limits) for data in encoded]
+        return Rows(encoded, ids, epochs, headers, np.array([_code(header) for header in headers], dtype=np.int8))
+
+    def make(self, rows: Rows) -> Pixels:
+        """Views (n, 2, S, S, 3) of each image; undefined where `rows.reasons` says afterwards that it has none."""
+        views = np.empty((len(rows.ids), 2, self.policy.size, self.policy.size, 3), dtype=np.uint8)
+        everywhere = np.arange(len(rows.ids))
+        self._fill(views, np.flatnonzero(rows.reasons == ACCEPTED), everywhere, np.zeros_like(everywhere), rows)
+        return views
+
+    def _fill(self, views: Pixels, places: Integers, source: Integers, use: Integers, rows: Rows) -> None:
         """Make the views at `places` from the rows `source[places]`; what does not decode gets its reason."""
-        rows = source[places]
-        sizes = np.array([_size(headers[row]) for row in rows]).reshape(len(rows), 2)
+        chosen = source[places]
+        sizes = np.array([_size(rows.headers[row]) for row in chosen]).reshape(len(chosen), 2)
         draws = draws_at(
-            self.policy, seed=self.seed, epoch=unit["epoch"][rows].astype(np.int64),
-            sample_ids=unit["sample_id"][rows].astype(np.int64), sizes=sizes, use=use[places],
+            self.policy, seed=self.seed, epoch=rows.epochs[chosen], sample_ids=rows.ids[chosen], sizes=sizes,
+            use=use[places],
         )  # fmt: skip
         make = two_views if self.where == "cpu" else crop
-        for chosen, images in _decoded(rows, encoded, headers, reasons, self.limits):
-            views[places[chosen]] = make(images, draws[chosen], self.policy)
+        for group, images in _decoded(chosen, rows, self.limits):
+            views[places[group]] = make(images, draws[group], self.policy)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Images on their way to views."""
+
+    encoded: Sequence[bytes | None]
+    ids: Integers
+    epochs: Integers
+    headers: Sequence[Header | Rejected]
+    reasons: npt.NDArray[np.int8]
+    """`ACCEPTED`, or the number of the reason against it; what fails to decode is noted here as it is found."""
 
 
 def draws_at(
     policy: Policy, *, seed: int, epoch: Integers, sample_ids: Integers, sizes: Integers, use: Integers
 ) -> Draws:
     """Draws (n, 2) of the c-th use of each sample: views 2c and 2c + 1."""
-    drawn = draw(
-        policy, seed=seed, epoch=epoch, sample_ids=sample_ids, sizes=sizes, views=2 * int(use.max(initial=0)) + 2
-    )
-    return drawn[np.arange(len(use))[:, None], 2 * use[:, None] + np.arange(2)]
+    draws = draw(policy, seed=seed, epoch=epoch, sample_ids=sample_ids, sizes=sizes)
+    again = np.flatnonzero(use)  # few: drawing as many views of all as the worst needs would cost a second a batch
+    if len(again):
+        drawn = draw(
+            policy, seed=seed, epoch=epoch[again], sample_ids=sample_ids[again], sizes=sizes[again],
+            views=2 * int(use.max()) + 2,
+        )  # fmt: skip
+        theirs = drawn[np.arange(len(again))[:, None], 2 * use[again, None] + np.arange(2)]
+        for field in fields(Draws):
+            getattr(draws, field.name)[again] = getattr(theirs, field.name)
+    return draws
 
 
-def _decoded(
-    rows: Integers, encoded: Sequence[bytes | None], headers: Sequence[Header | Rejected],
-    reasons: npt.NDArray[np.int8], limits: Limits,
-) -> Iterator[tuple[list[int], list[Pixels]]]:  # fmt: skip
-    """Groups of images that decode, and their indices in `rows`; valid until the next group."""
+def _decoded(chosen: Integers, rows: Rows, limits: Limits) -> Iterator[tuple[list[int], list[Pixels]]]:
+    """Groups of images that decode, and their indices in `chosen`; valid until the next group."""
     memory = np.empty(_BYTES_AT_ONCE, dtype=np.uint8)
-    chosen: list[int] = []
+    group: list[int] = []
     images: list[Pixels] = []
     used = 0
-    for index, row in enumerate(rows.tolist()):
-        data, header = encoded[row], headers[row]
+    for index, row in enumerate(chosen.tolist()):
+        data, header = rows.encoded[row], rows.headers[row]
         assert data is not None
         assert not isinstance(header, Rejected)
         needed = 3 * header.height * header.width
         if images and used + needed > len(memory):
-            yield chosen, images
-            chosen, images, used = [], [], 0
+            yield group, images
+            group, images, used = [], [], 0
         image = decode_reduced(data, header, limits, buffer=memory[used:])
         if isinstance(image, Rejected):
-            reasons[row] = _code(image)
+            rows.reasons[row] = _code(image)
             continue
-        chosen.append(index)
+        group.append(index)
         images.append(image.pixels)
         used = min(used + needed, len(memory))
     if images:
-        yield chosen, images
+        yield group, images
 
 
 def replacements(accepted: npt.NDArray[np.bool_]) -> tuple[Integers, Integers]:

@@ -7,7 +7,18 @@ import torch
 
 from simclr_ray.configure import load_config
 from simclr_ray.train.batches import StepBatch
+from simclr_ray.train.run import identity
 from simclr_ray.train.worker import _loss
+
+
+def test_who_makes_the_views_is_no_part_of_a_run_s_identity_and_what_they_are_is() -> None:
+    def kept(*changes: str) -> object:
+        return identity(load_config(None, list(changes)), "m")
+
+    same = ["views.where=gpu", "loss.exchange=ring", "loss.kernel=triton", "cluster.workers=3"]
+    assert kept(*same) == kept()
+    other = ["views.flavour=paper", "data.animated=reject", "loss.flavour=paper", "train.micro_batch=64"]
+    assert all(kept(change) != kept() for change in other)
 
 
 def test_the_loss_is_the_config_s_and_trusts_the_plan_after_the_first_step() -> None:

@@ -35,9 +35,30 @@ def test_what_does_not_decode_is_named_by_place_and_reason() -> None:
         simclr_ray.two_views([b"", png(1), b"<html>"], policy="cifar")
 
 
-def test_ids_must_fit_the_images() -> None:
-    with pytest.raises(ConfigError, match="each image needs one id"):
-        simclr_ray.two_views([png(1)], sample_ids=[1, 2], policy="cifar")
+def test_nothing_that_decodes_is_named_likewise() -> None:
+    with pytest.raises(DataError, match=r"1 of 1 images cannot be decoded \(got 0 \(not_an_image\)\)"):
+        simclr_ray.two_views([b"junk"], policy="cifar")
+
+
+@pytest.mark.parametrize(
+    ("encoded", "options", "words"),
+    [
+        (png(1), {}, "list of bytes objects.*got bytes"),
+        ([bytearray(png(1))], {}, "list of bytes objects.*bytearray"),
+        ([np.frombuffer(png(1), np.uint8)], {}, "list of bytes objects.*ndarray"),
+        ([png(1)], {"sample_ids": [1, 2]}, "each image needs one id"),
+        ([png(1)], {"sample_ids": [1 << 63]}, "of 64 bits"),
+        ([png(1)], {"sample_ids": [0.2]}, "whole numbers"),
+        ([png(1)], {"sample_ids": ["a"]}, "whole numbers"),
+        ([png(1)], {"epoch": -1}, "epoch is out of range"),
+        ([], {"seed": -1}, "seed does not fit"),
+        ([png(1)], {"size": 0, "policy": preset("cifar")}, "size cannot be made"),
+        ([png(1)], {"policy": "imagnet"}, "unknown preset"),
+    ],
+)
+def test_what_is_no_batch_of_images_is_refused(encoded: object, options: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        simclr_ray.two_views(encoded, **({"policy": "cifar"} | options))  # type: ignore[arg-type]
 
 
 def test_it_needs_no_ray_and_leaves_the_threads_alone() -> None:

@@ -407,6 +407,15 @@ def test_a_kernel_of_another_version_says_so():
     assert kernel(ctypes.byref(job)) == native._OTHER_VERSION
 
 
+@built
+def test_a_kernel_of_other_source_is_left_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    changed = tmp_path / "native.c"
+    changed.write_bytes(native._SOURCE.read_bytes() + b"\n")
+    monkeypatch.setattr(native, "_load", native._load.__wrapped__)
+    monkeypatch.setattr(native, "_SOURCE", changed)
+    assert "another version" in native.why_not()
+
+
 def test_a_kernel_that_was_not_built_is_not_available_and_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"no library")

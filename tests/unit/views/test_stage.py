@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from simclr_ray.data.decode import REASONS, Limits
+from simclr_ray.data.decode import REASONS, Limits, Rejected, decode_reduced
 from simclr_ray.errors import DataError
 from simclr_ray.views import stage
+from simclr_ray.views.draw import Draws, draw
 from simclr_ray.views.policy import preset
 from simclr_ray.views.stage import ViewStage, replacements
 
@@ -81,6 +83,44 @@ def test_an_image_that_breaks_in_its_pixels_is_replaced_as_one_that_breaks_in_it
     assert REASONS[out["reason"][1]] == "truncated"
     assert out["sample_id"].tolist() == [10, 12, 12]
     assert out["use"].tolist() == [0, 1, 0]
+
+
+def test_a_file_that_asks_for_absurd_memory_is_rejected_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("simclr_ray.data.decode._by_pillow", fail)
+    with pytest.raises(DataError, match="too_large"):
+        STAGE(unit([png(0), png(1)], [0, 1]))
+
+
+def test_an_image_that_decodes_once_only_is_an_error_and_never_a_view_of_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+
+    def moody(*arguments: object, **options: object) -> object:
+        calls.append(arguments)
+        if len(calls) > 2:
+            return Rejected("corrupt", "the third time")
+        return decode_reduced(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(stage, "decode_reduced", moody)
+    with pytest.raises(DataError, match="decoded once and not again"):
+        STAGE(unit([png(0), b"junk", png(2)], [0, 1, 2]))
+
+
+def test_later_uses_are_drawn_as_if_all_had_been(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = preset("imagenet-broad", size=16)
+    n, use = 6, np.array([0, 3, 0, 1, 0, 0])
+    ids, sizes, epochs = np.arange(n) + 5, np.full((n, 2), 40), np.arange(n)
+    got = stage.draws_at(policy, seed=1, epoch=epochs, sample_ids=ids, sizes=sizes, use=use)
+    everything = draw(policy, seed=1, epoch=epochs, sample_ids=ids, sizes=sizes, views=8)
+    for row, c in enumerate(use):
+        for view in (0, 1):
+            for field in fields(Draws):
+                one, other = (getattr(d, field.name) for d in (got, everything))
+                assert np.array_equal(one[row, view], other[row, 2 * c + view])
 
 
 def test_a_unit_without_any_image_is_an_error_that_names_it() -> None:
