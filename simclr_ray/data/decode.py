@@ -266,7 +266,7 @@ def decode_reduced(
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         return _rejected("too_large", error)
     except MemoryError:
-        # Linux hands out memory that it does not have, so this is a file that asks for absurd amounts behind its header.
+        # Linux hands out memory it does not have, so this is a file that asks for absurd amounts behind its header.
         return Rejected("too_large", "asks for more memory than there is")
     except Exception as error:  # a trust boundary: decoders fail on hostile bytes in ways that nobody can list
         return _rejected("truncated" if _is_cut(header.kind, data, error) else "corrupt", error)
