@@ -176,15 +176,15 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def expected_bytes(rows: int) -> int:
-    """One process, float32: unit rows, their gradient, and what backward returns, each (2B, D); three tiles.
+    """One process, float32: unit rows and their gradient, each (2B, D), and three tiles.
 
-    Sums and statistics, some 100 bytes a row in float64, are left out. No term is quadratic in the batch.
+    Sums and statistics, some 200 bytes a row in float64, are left out. No term is quadratic in the batch.
     """
-    return 3 * rows * DIM * 4 + 3 * min(rows // 2, LOSS_TILE) ** 2 * 4
+    return 2 * rows * DIM * 4 + 3 * min(rows // 2, LOSS_TILE) ** 2 * 4
 
 
 def show_memory(result: dict[str, Any]) -> None:
-    print(f"\nmemory of ours, one process, D = {DIM}; formula: 3 x (2B, D) + 3 tiles of {LOSS_TILE}^2, float32")
+    print(f"\nmemory of ours, one process, D = {DIM}; formula: 2 x (2B, D) + 3 tiles of {LOSS_TILE}^2, float32")
     print(f"  {'2B':>8}{'peak MB':>10}{'bytes / row':>13}{'formula MB':>12}{'/ formula':>11}{'/ half the rows':>17}")
     before = None
     for rows, entry in result["sizes"].items():
