@@ -21,7 +21,6 @@ tables say so.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,7 +31,7 @@ from loss_exact import exact, show_exact
 from loss_micro import micro, show_micro
 from loss_peers import MATMULS, ONE_PROCESS, RANKS, Implementation, NotRun, installed_peers
 from loss_processes import Measured, Task, Team, available_bytes
-from machine import machine
+from machine import write_part
 
 FILE = Path(__file__).parent / "results" / "loss.json"
 DIM, TEMPERATURE = 128, 0.5
@@ -235,18 +234,6 @@ PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
 """Each prints its tables and returns what the file keeps under its name."""
 
 
-def write(part: str, result: dict[str, Any], file: Path) -> None:
-    """Replace one part, machine first. Parts that another machine measured keep its description with them."""
-    old = json.loads(file.read_text()) if file.exists() else {}
-    now, then = machine(), old.pop("machine", None)
-    for kept in old.values():
-        if then != now:
-            kept.setdefault("machine", then)
-    parts = old | {part: result}
-    ordered = {name: parts[name] for name in [*PARTS, *parts] if name in parts}
-    file.write_text(json.dumps({"machine": now, **ordered}, indent=1) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
@@ -259,7 +246,7 @@ def main() -> None:
     for part in args.part:
         result = PARTS[part](args)
         if output is not None:
-            write(part, result, output)
+            write_part(part, result, output, PARTS)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import math
 import random
 import time
@@ -30,7 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from machine import machine
+from machine import write_part
 from views_fidelity import fidelity, show_fidelity
 from views_photos import CASES, Case, Photos, encoded_crops, find_photos
 from views_pipelines import LIMIT, PIPELINES, Encoded, NotRun, Pass, installed, need_kernel, staged, twin
@@ -264,18 +263,6 @@ PARTS: dict[str, Callable[[Photos, argparse.Namespace], dict[str, Any]]] = {
 """Each prints its tables and returns what the file keeps under its name."""
 
 
-def write(part: str, result: dict[str, Any], file: Path) -> None:
-    """Replace one part, machine first. Parts that another machine measured keep its description with them."""
-    old = json.loads(file.read_text()) if file.exists() else {}
-    now, then = machine(), old.pop("machine", None)
-    for kept in old.values():
-        if then != now:
-            kept.setdefault("machine", then)
-    parts = old | {part: result}
-    ordered = {name: parts[name] for name in [*PARTS, *parts] if name in parts}
-    file.write_text(json.dumps({"machine": now, **ordered}, indent=1) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
@@ -291,7 +278,7 @@ def main() -> None:
     for part in args.part:
         result = PARTS[part](photos, args)
         if not args.quick:
-            write(part, result, FILE)
+            write_part(part, result, FILE, PARTS)
 
 
 if __name__ == "__main__":
