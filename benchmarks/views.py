@@ -32,11 +32,12 @@ import torch
 from machine import write_part
 from views_fidelity import fidelity, show_fidelity
 from views_photos import CASES, Case, Photos, encoded_crops, find_photos
-from views_pipelines import LIMIT, PIPELINES, Encoded, NotRun, Pass, installed, need_kernel, staged, twin
+from views_pipelines import LIMIT, MAKERS, PIPELINES, Encoded, NotRun, Pass, by, installed, need, staged
 
 from simclr_ray.data.decode import Header, Limits, Rejected, decode_reduced, read_header
+from simclr_ray.views.draw import Draws
 from simclr_ray.views.policy import Policy, preset
-from simclr_ray.views.stage import draws_at
+from simclr_ray.views.stage import draws_at, wanted_reductions
 
 FILE = Path(__file__).parent / "results" / "views.json"
 TURN_S = 0.25
@@ -146,30 +147,36 @@ def stages_of(case: Case, photos: Photos, args: argparse.Namespace) -> dict[str,
     encoded = encoded_crops(photos, case, 4 if args.quick else case.images)
     policy = policy_of(case)
     passes = alone(encoded, policy)
-    makers: dict[str, Callable[[Pass], Pass]] = {"twin": in_twin}
-    try:
-        need_kernel()
-        makers = {"kernel": lambda step: step, **makers}
-    except NotRun as reason:
-        print(f"  no kernel: {reason}")
     unblurred = policy.model_copy(update={"blur_probability": 0.0})
-    for maker, wrapped in makers.items():
-        passes[f"{maker}: cropped"] = wrapped(staged(encoded, policy, "gpu"))
-        passes[f"{maker}: unblurred"] = wrapped(staged(encoded, unblurred, "cpu"))
-        passes[f"{maker}: all"] = wrapped(staged(encoded, policy, "cpu"))
+    makers = []
+    for maker in MAKERS:
+        try:
+            need(maker)
+        except NotRun as reason:
+            print(f"  not by {maker}: {reason}")
+            continue
+        makers.append(maker)
+        passes[f"{maker}: cropped"] = by(maker, staged(encoded, policy, "gpu"))
+        passes[f"{maker}: unblurred"] = by(maker, staged(encoded, unblurred, "cpu"))
+        passes[f"{maker}: all"] = by(maker, staged(encoded, policy, "cpu"))
     turns = take_turns(passes, len(encoded), args)
 
     def microseconds(*signed: tuple[int, str]) -> float:
         rows = zip(*([sign * turn.cpu for turn in turns[name]] for sign, name in signed), strict=True)
         return 1e6 * median(map(sum, rows))  # of the rounds' differences, as moments differ more
 
-    parts = ("header", "draw", "decode", "copy")
+    parts = {
+        "header": [(1, "header")], "draw": [(1, "draw")],
+        "decode": [(1, "draw and decode"), (-1, "draw")], "copy": [(1, "copy")],
+    }  # fmt: skip
     result: dict[str, Any] = {}
     for maker in makers:
         cropped, unblurred_all, everything = (f"{maker}: {what}" for what in ("cropped", "unblurred", "all"))
         result[maker] = {
-            **{part: microseconds((1, part)) for part in parts},
-            "crop and resize": microseconds((1, cropped), *((-1, part) for part in parts)),
+            **{part: microseconds(*signed) for part, signed in parts.items()},
+            "crop and resize": microseconds(
+                (1, cropped), *((-1, part) for part in ("header", "draw and decode", "copy"))
+            ),
             "colours": microseconds((1, unblurred_all), (-1, cropped)),
             "blur": microseconds((1, everything), (-1, unblurred_all)),
             "all": microseconds((1, everything)),
@@ -195,12 +202,14 @@ def alone(encoded: Encoded, policy: Policy) -> dict[str, Pass]:
         for data in encoded:
             read_header(data, limits)
 
-    def draw(number: int) -> None:
-        draws_at(policy, seed=0, epoch=zeros + number, sample_ids=ids, sizes=sizes, use=zeros)
+    def draw(number: int) -> Draws:
+        return draws_at(policy, seed=0, epoch=zeros + number, sample_ids=ids, sizes=sizes, use=zeros)
 
-    def decode(number: int) -> None:
-        for data, header in zip(encoded, headers, strict=True):
-            decode_reduced(data, header, limits, buffer=memory)
+    def draw_and_decode(number: int) -> None:
+        """At the scales that these crops allow."""
+        scales = wanted_reductions(draw(number), policy)
+        for data, header, scale in zip(encoded, headers, scales, strict=True):
+            decode_reduced(data, header, limits, reduction=scale, buffer=memory)
 
     def copy(number: int) -> None:
         """Into new memory, as a unit's views have to be side by side."""
@@ -209,15 +218,7 @@ def alone(encoded: Encoded, policy: Policy) -> dict[str, Pass]:
             rows = ids[start : start + at_once]
             views[rows] = group[: len(rows)]
 
-    return {"header": read, "draw": draw, "decode": decode, "copy": copy}
-
-
-def in_twin(step: Pass) -> Pass:
-    def wrapped(number: int) -> object:
-        with twin():
-            return step(number)
-
-    return wrapped
+    return {"header": read, "draw": draw, "draw and decode": draw_and_decode, "copy": copy}
 
 
 def show_stages(result: dict[str, Any]) -> None:
@@ -226,7 +227,7 @@ def show_stages(result: dict[str, Any]) -> None:
     columns = [(case, maker) for case, entry in cases.items() for maker in entry["makers"]]
     print(f"  {'':<18}" + "".join(f"{case:>14}" for case, _ in columns))
     print(f"  {'':<18}" + "".join(f"{maker:>14}" for _, maker in columns))
-    for stage in next(iter(cases.values()))["makers"]["twin"]:
+    for stage in next(iter(cases.values()))["makers"]["torch"]:
         cells = [cases[case]["makers"][maker][stage] for case, maker in columns]
         print(f"  {stage:<18}" + "".join(f"{cell:>14.1f}" for cell in cells))
 

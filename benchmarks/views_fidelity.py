@@ -17,10 +17,10 @@ import torchvision.transforms.functional as v1
 import torchvision.transforms.v2.functional as v2
 from PIL import Image, ImageFilter
 from views_photos import CASES, Case, Photos, encoded_crops
-from views_pipelines import NotRun, need_kernel
+from views_pipelines import NotRun, need
 
 from simclr_ray.data.decode import Limits, Rejected, decode
-from simclr_ray.views import apply, native
+from simclr_ray.views import apply, native, opencv
 from simclr_ray.views.draw import BRIGHTNESS, CONTRAST, HUE, SATURATION, Draws, draw
 from simclr_ray.views.policy import Policy, PresetName, preset
 
@@ -36,11 +36,16 @@ ADJUST = {
 
 
 def ours(image: Levels, draws: Draws, policy: Policy) -> Levels:
-    need_kernel()
+    need("kernel")
     return native.two_views([image], draws, policy)[0, 0]
 
 
-def ours_without_kernel(image: Levels, draws: Draws, policy: Policy) -> Levels:
+def ours_by_opencv(image: Levels, draws: Draws, policy: Policy) -> Levels:
+    need("OpenCV")
+    return opencv.two_views([image], draws, policy)[0, 0]
+
+
+def ours_by_torch(image: Levels, draws: Draws, policy: Policy) -> Levels:
     return apply.two_views([image], draws, policy)[0, 0]
 
 
@@ -59,7 +64,7 @@ def by_tensors(image: Levels, draws: Draws, policy: Policy) -> Levels:
     return _distort(v2, torch.from_numpy(image).permute(2, 0, 1), draws, policy).permute(1, 2, 0).numpy()
 
 
-def by_opencv(image: Levels, draws: Draws, policy: Policy) -> Levels:
+def linear_by_opencv(image: Levels, draws: Draws, policy: Policy) -> Levels:
     """The resize of AlbumentationsX by default: linear, no antialiasing."""
     try:
         import cv2
@@ -72,7 +77,8 @@ def by_opencv(image: Levels, draws: Draws, policy: Policy) -> Levels:
 
 MAKERS: dict[str, Maker] = {
     "ours": ours,
-    "ours, without the kernel": ours_without_kernel,
+    "ours, by OpenCV": ours_by_opencv,
+    "ours, by torch": ours_by_torch,
     "torchvision, Pillow": by_pillow,
     "torchvision v2, uint8": by_tensors,
 }
@@ -110,7 +116,7 @@ def compare(photos: Photos, case: Case, operation: str, count: int) -> dict[str,
             draws, flip=no, grayscale=no, jitter=no | (operation == "jitter"), blur=no | (operation == "blur")
         )
     exact = [float64(image, draws[i : i + 1], policy) for i, image in enumerate(sources)]
-    makers: Mapping[str, Maker] = MAKERS | ({"OpenCV, linear": by_opencv} if operation == "resize" else {})
+    makers: Mapping[str, Maker] = MAKERS | ({"OpenCV, linear": linear_by_opencv} if operation == "resize" else {})
     return {name: difference(maker, sources, draws, policy, exact) for name, maker in makers.items()}
 
 

@@ -30,7 +30,7 @@ from torchvision.transforms import v2
 
 import simclr_ray
 from simclr_ray.data.decode import Limits
-from simclr_ray.views import apply, native, stage
+from simclr_ray.views import apply, native, opencv, stage
 from simclr_ray.views.policy import Policy
 from simclr_ray.views.stage import ViewStage
 
@@ -54,7 +54,7 @@ class Pipeline(NamedTuple):
 
 def ours(encoded: Encoded, policy: Policy) -> Pass:
     """What a program calls, with the whole set as its batch."""
-    need_kernel()
+    need("kernel")
     return lambda number: simclr_ray.two_views(encoded, policy=policy, epoch=number)
 
 
@@ -62,19 +62,25 @@ def ours_paper(encoded: Encoded, policy: Policy) -> Pass:
     return ours(encoded, paper(policy))
 
 
-def ours_without_kernel(encoded: Encoded, policy: Policy) -> Pass:
-    """As where there is no C compiler."""
+def ours_whole(encoded: Encoded, policy: Policy) -> Pass:
+    """Every JPEG decoded at its full size."""
+    need("kernel")
+    return lambda number: simclr_ray.two_views(encoded, policy=policy, epoch=number, scaled_decode=False)
 
-    def all_images(number: int) -> object:
-        with twin():
-            return simclr_ray.two_views(encoded, policy=policy, epoch=number)
 
-    return all_images
+def ours_by_opencv(encoded: Encoded, policy: Policy) -> Pass:
+    """As where there was no C compiler."""
+    return by("OpenCV", lambda number: simclr_ray.two_views(encoded, policy=policy, epoch=number))
+
+
+def ours_by_torch(encoded: Encoded, policy: Policy) -> Pass:
+    """As where there is no OpenCV either."""
+    return by("torch", lambda number: simclr_ray.two_views(encoded, policy=policy, epoch=number))
 
 
 def ours_cropped(encoded: Encoded, policy: Policy) -> Pass:
     """What the stream does where the GPU does the colours: two crops of finished size."""
-    need_kernel()
+    need("kernel")
     return staged(encoded, policy, "gpu")
 
 
@@ -192,8 +198,10 @@ def torchvision_v2(encoded: Encoded, policy: Policy) -> Pass:
 
 PIPELINES: dict[str, Pipeline] = {
     "ours": Pipeline(ours, "ours"),
+    "ours, no scaled decode": Pipeline(ours_whole, "ours"),
     "ours, flavour paper": Pipeline(ours_paper, "ours"),
-    "ours, without the kernel": Pipeline(ours_without_kernel, "ours"),
+    "ours, by OpenCV": Pipeline(ours_by_opencv, "ours", ("opencv-python-headless",)),
+    "ours, by torch": Pipeline(ours_by_torch, "ours"),
     "AlbumentationsX": Pipeline(
         albumentations, "peer", ("albumentationsx", "albumentations", "albucore", "opencv-python-headless")
     ),
@@ -223,14 +231,30 @@ def paper(policy: Policy) -> Policy:
     return policy.model_copy(update={"flavour": "paper", "interpolation": "bicubic"})
 
 
-def twin() -> Any:
-    """A context in which views are made by torch, as if the kernel had not been built."""
-    return mock.patch.multiple(stage, two_views=apply.two_views, crop=apply.crop)
+MAKERS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[[], str]]] = {
+    "kernel": (native.two_views, native.crop, native.why_not),
+    "OpenCV": (opencv.two_views, opencv.crop, opencv.why_not),
+    "torch": (apply.two_views, apply.crop, str),
+}
+"""Who can make our views: finished ones, crops, and what keeps it from that. In the order of `views/make.py`."""
 
 
-def need_kernel() -> None:
-    if not native.available():
-        raise NotRun(native.why_not())
+def by(maker: str, one_pass: Pass) -> Pass:
+    """The same with the views made by another maker than the machine's best, as where the better ones are missing."""
+    need(maker)
+    two_views, crop, _ = MAKERS[maker]
+
+    def patched(number: int) -> object:
+        with mock.patch.multiple(stage, two_views=two_views, crop=crop):
+            return one_pass(number)
+
+    return patched
+
+
+def need(maker: str) -> None:
+    reason = MAKERS[maker][2]()
+    if reason:
+        raise NotRun(reason)
 
 
 def jitter_ranges(policy: Policy) -> list[tuple[float, float]]:

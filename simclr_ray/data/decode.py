@@ -5,8 +5,8 @@ bytes are hostile until shown otherwise. What they are is told from their first 
 ever reach a decoder, and the header's size is checked before a pixel is decoded. The caller bounds the memory of
 the process for the rest.
 
-In two steps where crops are drawn between them: `read_header` tells the upright size in microseconds, `reduction`
-how far the crops let the image be reduced, and `decode_reduced` decodes it. `decode` does both steps at once.
+In two steps where crops are drawn between them: `read_header` tells the upright size in microseconds, `reductions`
+how far the crops let images be reduced, and `decode_reduced` decodes one. `decode` does both steps at once.
 
 The usual JPEGs are decoded by libjpeg-turbo through simplejpeg, all else by Pillow. Their pixels are the same, bit by
 bit. Pillow also has the last word on damaged JPEGs: simplejpeg refuses at the first warning.
@@ -41,13 +41,15 @@ __all__ = [
     "decode",
     "decode_reduced",
     "read_header",
-    "reduction",
+    "reduced_size",
+    "reductions",
 ]
 
 # Reasons are stored by their number: new ones go to the end.
 Reason = Literal[
-    "null", "empty", "not_an_image", "format", "truncated", "too_large", "too_small", "mode", "corrupt", "animated"
-]
+    "null", "empty", "not_an_image", "format", "truncated", "too_large", "too_small", "mode", "corrupt", "animated",
+    "shard_missing", "shard_unreadable",
+]  # fmt: skip
 REASONS: Final[tuple[Reason, ...]] = get_args(Reason)
 Pixels = npt.NDArray[np.uint8]
 Reduction = Literal[1, 2, 4, 8]
@@ -198,22 +200,27 @@ def read_header(data: bytes | None, limits: Limits) -> Header | Rejected:
     return header
 
 
-def reduction(boxes: npt.NDArray[np.integer[Any]], size: int) -> Reduction:
-    """By how much an image can be reduced so that no crop of it has to be enlarged for it.
+def reductions(boxes: npt.NDArray[np.integer[Any]], size: int) -> npt.NDArray[np.int64]:
+    """By how much images can be reduced so that no crop of them has to be enlarged for it.
 
     Args:
-        boxes: (views, 4): top, left, height and width of its crops, in pixels of the upright image.
+        boxes: (n, views, 4): top, left, height and width of each image's crops, in pixels of the upright image.
         size: Side of the views.
 
     Returns:
-        The largest factor after which every crop still has `size` pixels on both sides.
+        (n,) of 1, 2, 4 or 8: the largest factor after which every crop of the image still has `size` pixels on both
+        sides.
     """
-    shortest = int(boxes[:, 2:].min())
-    factors: tuple[Reduction, ...] = (8, 4, 2)
-    for factor in factors:
-        if shortest >= factor * size:
-            return factor
-    return 1
+    shortest = boxes[..., 2:].min(axis=(1, 2), initial=np.iinfo(np.int32).max)
+    power = np.searchsorted(size * np.array([2, 4, 8]), shortest, side="right")
+    factors: npt.NDArray[np.int64] = np.left_shift(1, power, dtype=np.int64)
+    return factors
+
+
+def reduced_size(header: Header, reduction: Reduction) -> tuple[Reduction, int, int]:
+    """The factor that is applied where `reduction` is asked for, and the height and width that the image then has."""
+    factor = _possible(header, reduction)
+    return factor, -(-header.height // factor), -(-header.width // factor)
 
 
 def decode_reduced(
@@ -228,18 +235,18 @@ def decode_reduced(
 
     A reduction saves time by being an approximation: each block of 8 x 8 is transformed back to 4 x 4, 2 x 2 or 1
     pixel. A box of the image becomes the box divided by the reduction, fractions kept: rounded to whole pixels it
-    would be off by several times as much as below. The default is none, as exact pixels cost nothing at the usual
-    500 pixels: no pair of their crops allows a reduction to 224. Measured with `reduction` on crops of 15 photographs
-    of 1024 x 768 pixels and 7 of 2048 x 1536, quality 90, one core, against the full decode (views of 224 pixels,
-    antialiased bilinear, in levels of 255; "shift" is what a crop one pixel to the side differs by):
+    would be off by several times as much as below. Measured with `reductions` on crops of 12 photographs of 1024 x 768
+    pixels and 6 of 2048 x 1536, quality 90, one core, against the full decode (views of 224 pixels, antialiased
+    bilinear, in levels of 255; "shift" is what a crop one pixel to the side differs by; both crops are by the C
+    kernel):
 
-        image   factor   share of images   mean difference   worst view   shift   decoding
-        1024       2          46 %               0.57            3.4        1.7   2.0 -> 1.5 ms
-        2048       2          53 %               0.28            1.4        1.0   7.5 -> 5.7 ms
-        2048       4          47 %               0.68            3.4        1.0   7.5 -> 4.9 ms
+        image   factor   share of images   mean difference   worst view   shift   decoding       both crops
+        1024       2          47 %               0.38            0.9        1.3   1.9 -> 1.4 ms   0.8 -> 0.4 ms
+        2048       2          38 %               0.19            0.3        0.6   6.9 -> 5.0 ms   1.9 -> 0.7 ms
+        2048       4          59 %               0.40            0.6        0.6   6.8 -> 4.2 ms   2.7 -> 0.5 ms
 
-    Decoding and both crops together gain 1.2 and 1.7 times. Views that are made without antialiasing differ more, as
-    a reduced image has none of what they alias.
+    At 500 pixels no pair of crops allows a reduction to 224. Views that are made without antialiasing differ by 1.2 to
+    3.1, as a reduced image has none of what they alias.
 
     Args:
         data: The encoded image.

@@ -21,8 +21,7 @@ the reference (`learn.reference`) on the whole batch, up to rounding.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -45,6 +44,7 @@ from simclr_ray.learn.loss_input import (
     images_by_rank,
     refuse_nonfinite,
 )
+from simclr_ray.precision import full_precision_products
 
 Flavour = Literal["standard", "paper"]
 """`standard`: the mean of Algorithm 1. `paper`: twice that, as google-research/simclr adds both directions' means."""
@@ -204,7 +204,8 @@ def _nt_xent_op(
     wants_gradient: bool, kernel: str, refuse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss (), statistics (4,), non-finite rows by rank (W,), and d(W loss)/dz (2n, D); the last empty if unwanted."""
-    with torch.no_grad(), torch.autocast(z.device.type, enabled=False), _full_precision_products():
+    # TF32 or bf16 products would move logits by 5e-4 / temperature.
+    with torch.no_grad(), torch.autocast(z.device.type, enabled=False), full_precision_products():
         return _forward(
             z, temperature, group_of(group), images, exchange, tile, factor, wants_gradient, kernel, refuse=refuse
         )
@@ -299,30 +300,3 @@ def _way(exchange: str, device: torch.device, ranks: int, num_bytes: int) -> Exc
     if num_bytes > _RING_BYTES:
         return "ring"
     return "half" if device.type == "cpu" and num_bytes >= _HALF_BYTES else "gather"
-
-
-@contextlib.contextmanager
-def _full_precision_products() -> Iterator[None]:
-    """Logits keep float32's precision: TF32 or bf16 products would move them by 5e-4 / temperature.
-
-    The setting is the process's; a product that another thread makes meanwhile is as precise.
-    """
-    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        # torch refuses its older switch where a program has used these.
-        backends: Any = torch.backends
-        places = (backends.cuda.matmul, backends.mkldnn.matmul)
-        before = [place.fp32_precision for place in places]
-        try:
-            for place in places:
-                place.fp32_precision = "ieee"
-            yield
-        finally:
-            for place, precision in zip(places, before, strict=True):
-                place.fp32_precision = precision
-    else:
-        legacy = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(legacy)

@@ -11,16 +11,20 @@ how a value is rounded. (A threshold of solarize far from the middle jumps by mo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from simclr_ray.precision import full_precision_products
 from simclr_ray.views.draw import BRIGHTNESS, CONTRAST, HUE, SATURATION, Bools, Draws, Floats
 from simclr_ray.views.policy import Policy
+
+Rows = npt.NDArray[np.int64]
 
 # Grey of red, green and blue: torchvision's rgb_to_grayscale and TensorFlow's alike (ITU-R 601-2).
 GREY: Final = (0.2989, 0.587, 0.114)
@@ -64,18 +68,49 @@ def _views_per_block(views: Tensor) -> int:
     return 1 if values >= _ALONE_VALUES else _BLOCK_VALUES // values
 
 
+class _Change(NamedTuple):
+    """An operation, and the views of a block that it is the next one for."""
+
+    operate: Callable[..., None]
+    rows: Rows
+    """(k,), at least one."""
+    factors: Floats | None
+    """(k,) what the operation is given beside the views, if anything."""
+
+
 def _distort(pixels: Tensor, draws: Draws, policy: Policy) -> None:
     """Jitter, grayscale, blur and solarize (m, 3, S, S) levels in place, in BYOL's order."""
-    _jitter(pixels, draws, policy)
-    _change(pixels, draws.grayscale, grayscale)
-    if policy.blur_taps > 1:
-        reflect = policy.flavour == "torchvision"
-        _change(pixels, draws.blur, partial(blur, taps=policy.blur_taps, reflect=reflect), draws.sigma)
-    _change(pixels, draws.solarize, partial(solarize, threshold=policy.solarize_threshold))
+    changes = _changes(draws, policy)
+    for change, (index, factors) in zip(changes, _moved(changes, pixels.device), strict=True):
+        parameters = () if change.factors is None else (factors[:, None, None, None],)
+        if len(change.rows) == 1:  # a slice, not a copy: on a CPU that is every call for large views
+            row = change.rows[0]
+            change.operate(pixels[row : row + 1], *parameters)
+            continue
+        chosen = pixels.index_select(0, index)
+        change.operate(chosen, *parameters)
+        pixels.index_copy_(0, index, chosen)
 
 
-def _jitter(pixels: Tensor, draws: Draws, policy: Policy) -> None:
-    """Apply the four operations in each view's own order, in place; those of no strength are skipped."""
+def _changes(draws: Draws, policy: Policy) -> list[_Change]:
+    """All that happens to the views, in an order that keeps each view's own; what happens to none is left out."""
+    gaussian = partial(blur, taps=policy.blur_taps, reflect=policy.flavour == "torchvision")
+    steps: list[tuple[Callable[..., None], Bools, Floats | None]] = [
+        *_jitter(draws, policy),
+        (grayscale, draws.grayscale, None),
+        (gaussian, draws.blur & (policy.blur_taps > 1), draws.sigma),
+        (partial(solarize, threshold=policy.solarize_threshold), draws.solarize, None),
+    ]
+    found = [(operate, np.flatnonzero(mask), factors) for operate, mask, factors in steps]
+    return [
+        _Change(operate, rows, None if factors is None else factors[rows])
+        for operate, rows, factors in found
+        if len(rows)
+    ]
+
+
+def _jitter(draws: Draws, policy: Policy) -> Iterator[tuple[Callable[..., None], Bools, Floats]]:
+    """The four operations, as often as it takes to follow each view's own order; those of no strength are skipped."""
     paper = policy.flavour == "paper"
     operations = (
         (BRIGHTNESS, policy.brightness, draws.brightness, brightness),
@@ -84,25 +119,30 @@ def _jitter(pixels: Tensor, draws: Draws, policy: Policy) -> None:
         (HUE, policy.hue, draws.hue, hue),
     )
     wanted = [(number, factors, operate) for number, strength, factors, operate in operations if strength > 0]
+    numbers = np.array([number for number, _, _ in wanted])
     # Each row of the order names each operation once, so that leaving some out leaves rows of one length.
-    order = draws.order[np.isin(draws.order, [number for number, _, _ in wanted])].reshape(len(draws), len(wanted))
-    for position in range(len(wanted)):
-        for number, factors, operate in wanted:
-            _change(pixels, draws.jitter & (order[:, position] == number), operate, factors)
+    order = draws.order[np.isin(draws.order, numbers)].reshape(len(draws), len(wanted))
+    masks = (order.T[:, None] == numbers[:, None]) & draws.jitter  # (positions, operations, views)
+    for position, operation in np.argwhere(masks.any(axis=2)).tolist():
+        _, factors, operate = wanted[operation]
+        yield operate, masks[position, operation], factors
 
 
-def _change(pixels: Tensor, mask: Bools, operate: Callable[..., None], *parameters: Floats) -> None:
-    """Let `operate` overwrite the views of the mask, given its parameters as (rows, 1, 1, 1)."""
-    rows = np.flatnonzero(mask)
-    if not len(rows):
+def _moved(changes: Sequence[_Change], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows (k,) int64 and factors (k,) float32 of each change on the device; 0 for the factors of one without.
+
+    They travel as one tensor, to CUDA from pinned memory: each copy of its own would make the host wait for the GPU.
+    """
+    if not changes:
         return
-    columns = [torch.from_numpy(p[rows]).to(pixels)[:, None, None, None] for p in parameters]
-    if len(rows) == 1:  # a slice, not a copy: on a CPU that is every call for large views
-        return operate(pixels[rows[0] : rows[0] + 1], *columns)
-    index = torch.from_numpy(rows).to(pixels.device)
-    chosen = pixels.index_select(0, index)
-    operate(chosen, *columns)
-    pixels.index_copy_(0, index, chosen)
+    lengths = [len(change.rows) for change in changes]
+    rows = np.concatenate([change.rows for change in changes])
+    factors = np.concatenate([np.zeros(len(c.rows)) if c.factors is None else c.factors for c in changes])
+    packed = torch.from_numpy(np.stack([rows, factors.astype(np.float32).view(np.int32)]))  # (2, sum of k) int64
+    if device.type == "cuda":
+        packed = packed.pin_memory()
+    index, bits = packed.to(device, non_blocking=True)
+    yield from zip(index.split(lengths), bits.to(torch.int32).view(torch.float32).split(lengths), strict=True)
 
 
 def brightness(pixels: Tensor, factor: Tensor) -> None:
@@ -188,8 +228,9 @@ def blur(pixels: Tensor, sigma: Tensor, *, taps: int, reflect: bool = True) -> N
     # A blur along an axis is a banded matrix, reflection folded in. The products are mostly with zeros and yet
     # faster than a grouped convolution: 0.7 against 1.3 ms a view of 224 px on one core.
     matrix = _blur_matrix(sigma.view(m, 1), size, taps, reflect=reflect)  # (m, S, S)
-    wide = torch.bmm(pixels.reshape(m, channels * size, size), matrix.mT).view(m, channels, size, size)
-    torch.matmul(matrix[:, None], wide, out=pixels)
+    with torch.autocast(pixels.device.type, enabled=False), full_precision_products():
+        wide = torch.bmm(pixels.reshape(m, channels * size, size), matrix.mT).view(m, channels, size, size)
+        torch.matmul(matrix[:, None], wide, out=pixels)
 
 
 def _blur_matrix(sigma: Tensor, size: int, taps: int, *, reflect: bool = True) -> Tensor:
@@ -199,7 +240,7 @@ def _blur_matrix(sigma: Tensor, size: int, taps: int, *, reflect: bool = True) -
     offsets = torch.arange(-radius, radius + 1, device=sigma.device)
     # Weights below e**-40 would be denormal numbers, on which a CPU multiplies 50 times slower; they are dust.
     exponent = 0.5 * (offsets / sigma) ** 2
-    kernel = torch.where(exponent < 40, torch.exp(-exponent), 0.0)
+    kernel = torch.exp(-exponent).masked_fill_(exponent >= 40, 0.0)
     kernel /= kernel.sum(dim=1, keepdim=True)
     source = torch.arange(size, device=sigma.device)[:, None] + offsets  # (size, taps)
     weights = kernel[:, None].expand(len(sigma), size, taps)

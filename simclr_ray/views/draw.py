@@ -125,6 +125,7 @@ def draw(
     sample_ids: npt.NDArray[np.int64],
     sizes: npt.NDArray[np.integer[Any]],
     views: int = 2,
+    first_view: int = 0,
 ) -> Draws:
     """Draw the parameters of `views` views of each of n samples.
 
@@ -135,6 +136,7 @@ def draw(
         sample_ids: (n,) stable 64-bit ids from the manifest.
         sizes: (n, 2) heights and widths of the decoded images, in pixels.
         views: Views of each sample; draws of view v do not depend on how many there are.
+        first_view: The views are this one and those after it.
 
     Returns:
         Draws of shape (n, views).
@@ -147,8 +149,8 @@ def draw(
     n = len(sample_ids)
     assert sizes.shape == (n, 2), sizes.shape
     assert (sizes >= 1).all(), sizes.min()
-    assert 0 <= views < 1 << 16, views
-    samples = _Samples.at(seed, np.asarray(epoch), sample_ids)
+    assert 0 <= first_view <= first_view + views <= 1 << 16, (first_view, views)
+    samples = _Samples.at(seed, np.asarray(epoch), sample_ids, first_view)
     solarizes = policy.solarize_probability > 0
     u = samples.uniforms(np.arange(n)[:, None], np.arange(views), 0, _BLOCKS + solarizes)  # (n, views, words)
 
@@ -182,21 +184,22 @@ class _Samples:
     key: UInt32Array
     ids: npt.NDArray[np.uint64]
     epochs: npt.NDArray[np.int64]
+    first_view: int
 
     @classmethod
-    def at(cls, seed: int, epoch: npt.NDArray[Any], sample_ids: npt.NDArray[np.int64]) -> _Samples:
+    def at(cls, seed: int, epoch: npt.NDArray[Any], sample_ids: npt.NDArray[np.int64], first_view: int) -> _Samples:
         n = len(sample_ids)
         assert epoch.shape in ((), (n,)), epoch.shape
         assert ((epoch >= 0) & (epoch < 1 << 32)).all(), epoch
         ids = np.asarray(sample_ids, dtype=np.int64).view(np.uint64)
-        return cls(key_of(seed), ids, np.broadcast_to(epoch, (n,)).astype(np.int64))
+        return cls(key_of(seed), ids, np.broadcast_to(epoch, (n,)).astype(np.int64), first_view)
 
     def uniforms(self, rows: npt.NDArray[Any], views: npt.NDArray[Any], first: int, blocks: int) -> Floats:
         """Numbers in [0, 1) of `blocks` blocks from block `first` on.
 
         Args:
             rows: Which of the samples.
-            views: Which view of each; broadcasts against the rows, to some shape.
+            views: Which view of each, counted from `first_view`; broadcasts against the rows, to some shape.
             first: Block.
             blocks: How many.
 
@@ -209,7 +212,7 @@ class _Samples:
         counter[..., 0] = (ids & np.uint64(0xFFFFFFFF))[..., None]
         counter[..., 1] = (ids >> np.uint64(32))[..., None]
         counter[..., 2] = self.epochs[rows][..., None]
-        counter[..., 3] = (views << 16)[..., None] + np.arange(first, first + blocks)
+        counter[..., 3] = ((self.first_view + views) << 16)[..., None] + np.arange(first, first + blocks)
         return uniforms(philox4x32(counter, self.key)).reshape(*shape, 4 * blocks)
 
 

@@ -4,7 +4,8 @@
  * keeps no state between calls, and takes its scratch memory in one block a call, so any number of threads may call it.
  *
  * Same bytes on every machine. The antialiased resize is in integers, with the arithmetic of torch's uint8 kernel
- * (itself Pillow's): 16-bit weights, rows rounded to bytes between the two passes. All else is float32, built without
+ * (itself Pillow's): 16-bit weights, rows rounded to bytes between the two passes. Boxes stay whole pixels of the full
+ * image where the image was decoded at a fraction of its size. All else is float32, built without
  * contraction into fused operations and without reassociation, and sums run over a fixed number of lanes: wider
  * registers do more lanes at once, never other sums. The few double operations (weights) use no library.
  *
@@ -18,6 +19,15 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+
+#ifdef __has_feature /* clang's way of saying it */
+#if __has_feature(address_sanitizer) && !defined(__SANITIZE_ADDRESS__)
+#define __SANITIZE_ADDRESS__ 1
+#endif
+#endif
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 #if defined(__FAST_MATH__) || FLT_EVAL_METHOD != 0
 #error "results would depend on the machine: float arithmetic must be IEEE 754 single, and -ffast-math off"
@@ -42,13 +52,13 @@
 #endif
 
 /* Numbers and layouts shared with native.py, which says VERSION in every call. */
-enum { VERSION = 1 };
-enum { DONE, OTHER_VERSION, NO_MEMORY, BAD_SIZE, BAD_BOX };
+enum { VERSION = 2 };
+enum { DONE, OTHER_VERSION, NO_MEMORY, BAD_SIZE, BAD_BOX, BAD_REDUCTION };
 enum { BRIGHTNESS, CONTRAST, SATURATION, HUE, NOTHING }; /* `operations` of a view */
 enum { PLAIN, AVX2, AVX512 };                            /* instruction sets */
 
 struct view {
-    int32_t top, left, height, width; /* of the crop */
+    int32_t top, left, height, width; /* of the crop, in pixels of the full image */
     float brightness, contrast, saturation, hue;
     float sigma; /* 0 for no blur */
     uint8_t operations[4];
@@ -68,16 +78,33 @@ struct job {
     int32_t unused;
     int64_t images, views;        /* views of each image */
     const uint8_t *const *pixels; /* of each image, (height, width, 3) */
-    const int32_t *sizes;         /* height and width of each image */
+    const int32_t *sizes;         /* height, width and reduction of each image: a pixel stands for the square of that
+                                     side of the full image; 1, 2, 4 or 8 */
     const struct view *draws;     /* (images, views) */
     uint8_t *out;                 /* (images, views, size, size, 3) */
-    int64_t bad;                  /* image of a BAD_SIZE (-1: the view's), draw of a BAD_BOX */
+    int64_t bad;                  /* image of a BAD_SIZE (-1: the view's) or BAD_REDUCTION, draw of a BAD_BOX */
 };
 
 enum { LARGEST_VIEW = 4096, LONGEST_SIDE = 1 << 20 }; /* keep products of sizes within 64 bits, with room */
 enum { LANES = 16, PAD = 32 };                        /* floats in the widest register; rows are multiples of PAD */
 
 /* --- weights of a resize ------------------------------------------------------------------------------------- */
+
+/* A crop along one axis. Pixels are those of the full image, inputs those of the image as it was decoded, each of which
+ * stands for `reduction` pixels. */
+struct span {
+    int32_t length; /* pixels of the crop */
+    int32_t reduction;
+    int32_t first;  /* the first input that the crop reaches into, */
+    int32_t before; /* and how many of its pixels lie before the crop */
+    int32_t inputs; /* how many inputs the crop reaches into */
+};
+
+static struct span span_of(int32_t start, int32_t length, int32_t reduction)
+{
+    const int32_t before = start % reduction;
+    return (struct span){length, reduction, start / reduction, before, (before + length + reduction - 1) / reduction};
+}
 
 struct axis {
     int32_t precision; /* weights are multiples of 2^-precision */
@@ -87,13 +114,19 @@ struct axis {
     int16_t *weight;   /* (outputs, taps) */
 };
 
-static double support_of(int32_t in, int32_t out, int bicubic)
+/* Inputs from one output to the next. */
+static double scale_of(const struct span *in, int32_t out)
 {
-    double scale = (double)in / out;
+    return (double)in->length / ((double)in->reduction * out);
+}
+
+static double support_of(const struct span *in, int32_t out, int bicubic)
+{
+    const double scale = scale_of(in, out);
     return (bicubic ? 2.0 : 1.0) * (scale > 1.0 ? scale : 1.0);
 }
 
-static int64_t most_taps(int32_t in, int32_t out, int bicubic)
+static int64_t most_taps(const struct span *in, int32_t out, int bicubic)
 {
     return 2 * ((int64_t)support_of(in, out, bicubic) + 1) + 1;
 }
@@ -108,23 +141,28 @@ static double filter(double x, int bicubic)
     return x < 2.0 ? (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5 : 0.0;
 }
 
-/* Fill `axis` for `out` outputs of `in` inputs; outputs from `out` to `padded` weigh nothing. `multiple` is what the
- * number of taps is rounded up to. Steps and roundings are those of torch's UpSampleKernel.cpp. */
-static void make_axis(struct axis *axis, int32_t in, int32_t out, int32_t padded, int bicubic, int multiple,
+/* Fill `axis` for `out` outputs of a crop; outputs from `out` to `padded` weigh nothing. `multiple` is what the number
+ * of taps is rounded up to. Steps and roundings are those of torch's UpSampleKernel.cpp.
+ *
+ * A reduced image is resized by the same filter, on its inputs, at the place and scale that the crop has among them.
+ * Inputs that the crop reaches into count as whole ones, the others not at all: a crop knows nothing of what is beyond
+ * it. Their weights have 15 bits at most, with which the twin's float32 sums are exact (resize.py). */
+static void make_axis(struct axis *axis, const struct span *in, int32_t out, int32_t padded, int bicubic, int multiple,
                       int reverse, double *exact)
 {
-    const double scale = (double)in / out, support = support_of(in, out, bicubic);
-    const double shrink = scale >= 1.0 ? 1.0 / scale : 1.0;
+    const double scale = scale_of(in, out), support = support_of(in, out, bicubic);
+    const double shrink = scale >= 1.0 ? 1.0 / scale : 1.0, origin = (double)in->before / in->reduction;
     const int64_t places = most_taps(in, out, bicubic);
+    const int32_t finest = in->reduction > 1 ? 15 : 22;
     double largest = 0.0;
     int32_t taps = 1;
     for (int32_t i = 0; i < out; i++) {
         const int32_t place = reverse ? out - 1 - i : i;
-        const double centre = scale * (i + 0.5);
+        const double centre = origin + scale * (i + 0.5);
         double *w = exact + place * places, total = 0.0;
         int64_t first = (int64_t)(centre - support + 0.5), last = (int64_t)(centre + support + 0.5);
         first = first < 0 ? 0 : first;
-        last = last > in ? in : last;
+        last = last > in->inputs ? in->inputs : last;
         const int32_t count = (int32_t)(last - first);
         for (int32_t k = 0; k < count; k++)
             total += w[k] = filter(((double)(k + first) - centre + 0.5) * shrink, bicubic);
@@ -137,7 +175,7 @@ static void make_axis(struct axis *axis, int32_t in, int32_t out, int32_t padded
         taps = count > taps ? count : taps;
     }
     int32_t precision = 0;
-    while (precision < 22 && (int32_t)(0.5 + largest * (1 << (precision + 1))) < 1 << 15)
+    while (precision < finest && (int32_t)(0.5 + largest * (1 << (precision + 1))) < 1 << 15)
         precision++;
     taps = (taps + multiple - 1) / multiple * multiple;
     axis->precision = precision;
@@ -601,6 +639,7 @@ struct work { /* scratch memory of a call, enough for each of its views */
     int32_t widest;                 /* radius of the blur's kernel */
     int32_t radius;                 /* of the view's blur, without dust */
     int32_t channels;               /* 1 once a view is grey */
+    struct span rows, columns;      /* of the view's crop */
     struct axis across, down;
     int16_t *table;                 /* across.weight, spread */
     double *exact;                  /* weights before they are rounded */
@@ -621,21 +660,57 @@ struct work { /* scratch memory of a call, enough for each of its views */
     float *line;                    /* a row of floats */
 };
 
-/* `bytes` of the block at an offset that suits any register; nothing of no block, to measure it. */
+#ifdef __SANITIZE_ADDRESS__
+enum { RED_ZONE = 64 };
+#define FORBID(start, bytes) __asan_poison_memory_region(start, bytes)
+#define PERMIT(start, bytes) __asan_unpoison_memory_region(start, bytes)
+#else
+enum { RED_ZONE = 0 };
+#define FORBID(start, bytes) (void)(start)
+#define PERMIT(start, bytes) (void)(start)
+#endif
+
+/* `bytes` of the block at an offset that suits any register; nothing of no block, to measure it. Under the address
+ * sanitizer nothing between two parts may be touched, or an overrun of one would be hidden by the next. */
 static void *cut(char *block, uint64_t *used, uint64_t bytes)
 {
-    void *part = block ? block + *used : NULL;
-    *used += (bytes + 63) / 64 * 64;
+    char *part = block ? block + *used : NULL;
+    const uint64_t taken = (bytes + RED_ZONE + 63) / 64 * 64;
+    if (part)
+        FORBID(part + bytes, taken - bytes);
+    *used += taken;
     return part;
 }
 
-/* Lay out scratch memory for crops up to height x width and views of `size`; returns its bytes. */
-static uint64_t lay_out(struct work *work, char *block, int32_t height, int32_t width, int32_t size, int bicubic,
-                        int32_t taps)
+struct most { /* of any crop of a call */
+    int32_t height, width; /* inputs */
+    int64_t taps_down, taps_across;
+};
+
+static struct most measure(const struct job *job)
 {
-    const uint64_t padded = (uint64_t)(size + PAD - 1) / PAD * PAD, row = 3 * padded;
-    const uint64_t taps_across = (uint64_t)most_taps(width, size, bicubic) + 3; /* rounded up to fours, */
-    const uint64_t taps_down = (uint64_t)most_taps(height, size, bicubic) + 1;  /* and to pairs */
+    struct most most = {1, 1, 1, 1};
+    for (int64_t i = 0; i < job->images * job->views; i++) {
+        const struct view *view = job->draws + i;
+        const int32_t reduction = job->sizes[3 * (i / job->views) + 2];
+        const struct span rows = span_of(view->top, view->height, reduction);
+        const struct span columns = span_of(view->left, view->width, reduction);
+        const int64_t down = most_taps(&rows, job->size, job->bicubic);
+        const int64_t across = most_taps(&columns, job->size, job->bicubic);
+        most.height = rows.inputs > most.height ? rows.inputs : most.height;
+        most.width = columns.inputs > most.width ? columns.inputs : most.width;
+        most.taps_down = down > most.taps_down ? down : most.taps_down;
+        most.taps_across = across > most.taps_across ? across : most.taps_across;
+    }
+    return most;
+}
+
+/* Lay out scratch memory for such crops and views of `size`; returns its bytes. */
+static uint64_t lay_out(struct work *work, char *block, const struct most *most, int32_t size, int32_t taps)
+{
+    const uint64_t padded = (uint64_t)(size + PAD - 1) / PAD * PAD, row = 3 * padded, width = (uint64_t)most->width;
+    const uint64_t taps_across = (uint64_t)most->taps_across + 3; /* rounded up to fours, */
+    const uint64_t taps_down = (uint64_t)most->taps_down + 1;     /* and to pairs */
     const uint64_t taps_most = taps_across > taps_down ? taps_across : taps_down, widest = (uint64_t)taps / 2;
     uint64_t used = 0;
     work->padded = (int32_t)padded;
@@ -644,7 +719,7 @@ static uint64_t lay_out(struct work *work, char *block, int32_t height, int32_t 
     work->keys_across.weight = cut(block, &used, KEYS * padded * sizeof(float));
     work->keys_down.start = cut(block, &used, padded * sizeof(int32_t));
     work->keys_down.weight = cut(block, &used, KEYS * padded * sizeof(float));
-    work->tall = cut(block, &used, (3 * ((uint64_t)width + KEYS) + 1) * sizeof(float));
+    work->tall = cut(block, &used, (3 * (width + KEYS) + 1) * sizeof(float));
     work->across.start = cut(block, &used, padded * sizeof(int32_t));
     work->across.count = cut(block, &used, padded * sizeof(int32_t));
     work->across.weight = cut(block, &used, padded * taps_across * sizeof(int16_t));
@@ -653,7 +728,7 @@ static uint64_t lay_out(struct work *work, char *block, int32_t height, int32_t 
     work->down.count = cut(block, &used, padded * sizeof(int32_t));
     work->down.weight = cut(block, &used, padded * taps_down * sizeof(int16_t));
     work->exact = cut(block, &used, (padded * taps_most + widest + 1) * sizeof(double));
-    work->source_stride = (int64_t)(3 * ((uint64_t)width + taps_across) + 16 + 63) / 64 * 64;
+    work->source_stride = (int64_t)(3 * (width + taps_across) + 16 + 63) / 64 * 64;
     work->source = cut(block, &used, 2 * (uint64_t)work->source_stride);
     work->resized = cut(block, &used, (taps_down + 2) * row);
     work->resized_rows = cut(block, &used, taps_down * sizeof *work->resized_rows);
@@ -670,19 +745,20 @@ static uint64_t lay_out(struct work *work, char *block, int32_t height, int32_t 
 }
 
 /* Resize rows `first` and `first` + 1 of the crop across, into the ring. */
-INLINE void resize_across(struct work *work, const struct view *view, const uint8_t *image, int64_t image_stride,
-                          int32_t first, int32_t ring_rows, int level)
+INLINE void resize_across(struct work *work, const uint8_t *image, int64_t image_stride, int32_t first,
+                          int32_t ring_rows, int level)
 {
+    const int32_t height = work->rows.inputs, width = work->columns.inputs;
     uint8_t *source[2], *out[2];
     for (int i = 0; i < 2; i++) {
-        const int32_t y = first + i < view->height ? first + i : view->height - 1;
+        const int32_t y = first + i < height ? first + i : height - 1;
         source[i] = work->source + i * work->source_stride;
         out[i] = work->resized + (int64_t)((first + i) % ring_rows) * 3 * work->padded;
         /* A copy, because taps are read in groups, beyond the end of the crop and perhaps of the image. */
-        const uint8_t *row = image + (view->top + y) * image_stride + 3 * (int64_t)view->left;
-        memcpy(source[i], row, 3 * (size_t)view->width);
-        if (y + 2 < view->height) /* large images are not in the cache: fetch the next pair while this one is made */
-            for (int32_t x = 0; x < 3 * view->width; x += 64)
+        const uint8_t *row = image + (work->rows.first + y) * image_stride + 3 * (int64_t)work->columns.first;
+        memcpy(source[i], row, 3 * (size_t)width);
+        if (y + 2 < height) /* large images are not in the cache: fetch the next pair while this one is made */
+            for (int32_t x = 0; x < 3 * width; x += 64)
                 __builtin_prefetch(row + 2 * image_stride + x);
     }
 #if X86
@@ -735,16 +811,15 @@ INLINE four load_four(const float *p)
 }
 
 /* Row y of the view resized in flavour paper, to `levels`: down and then across, in floats, rounded once. */
-INLINE void resize_keys(struct work *work, const struct view *view, const uint8_t *image, int64_t image_stride,
-                        int32_t y)
+INLINE void resize_keys(struct work *work, const uint8_t *image, int64_t image_stride, int32_t y)
 {
-    const int32_t n = work->padded, width = 3 * view->width;
+    const int32_t n = work->padded, width = 3 * work->columns.inputs, height = work->rows.inputs;
     const float *w = work->keys_down.weight + KEYS * y;
     const uint8_t *rows[KEYS];
     float *restrict tall = work->tall, *restrict line = work->line;
     for (int k = 0; k < KEYS; k++) {
-        const int32_t input = work->keys_down.start[y] + k, row = input < view->height ? input : view->height - 1;
-        rows[k] = image + (view->top + row) * image_stride + 3 * (int64_t)view->left;
+        const int32_t input = work->keys_down.start[y] + k, row = input < height ? input : height - 1;
+        rows[k] = image + (work->rows.first + row) * image_stride + 3 * (int64_t)work->columns.first;
     }
     for (int32_t x = 0; x < width; x++)
         tall[x] = w[0] * rows[0][x] + w[1] * rows[1][x] + w[2] * rows[2][x] + w[3] * rows[3][x];
@@ -843,18 +918,17 @@ INLINE void finish_row(struct work *work, const struct job *job, const struct vi
 /* Tables of the view's resize, and zeros behind the rows that it reads in groups. */
 INLINE void prepare_resize(struct work *work, const struct job *job, const struct view *view, int level)
 {
-    const int32_t size = job->size, n = work->padded;
+    const int32_t size = job->size, n = work->padded, width = work->columns.inputs;
     if (job->paper) {
-        make_keys(&work->keys_across, view->width, size, n, view->flip);
-        make_keys(&work->keys_down, view->height, size, n, 0);
-        memset(work->tall + 3 * (int64_t)view->width, 0, (3 * KEYS + 1) * sizeof(float));
+        make_keys(&work->keys_across, width, size, n, view->flip);
+        make_keys(&work->keys_down, work->rows.inputs, size, n, 0);
+        memset(work->tall + 3 * (int64_t)width, 0, (3 * KEYS + 1) * sizeof(float));
         return;
     }
-    make_axis(&work->across, view->width, size, n, job->bicubic, 4, view->flip, work->exact);
-    make_axis(&work->down, view->height, size, size, job->bicubic, 2, 0, work->exact);
+    make_axis(&work->across, &work->columns, size, n, job->bicubic, 4, view->flip, work->exact);
+    make_axis(&work->down, &work->rows, size, size, job->bicubic, 2, 0, work->exact);
     for (int i = 0; i < 2; i++)
-        memset(work->source + i * work->source_stride + 3 * (int64_t)view->width, 0,
-               3 * (size_t)work->across.taps + 16);
+        memset(work->source + i * work->source_stride + 3 * (int64_t)width, 0, 3 * (size_t)work->across.taps + 16);
 #if X86
     if (level >= AVX2)
         spread_weights(work->table, &work->across, n);
@@ -862,11 +936,14 @@ INLINE void prepare_resize(struct work *work, const struct job *job, const struc
     (void)level;
 }
 
+/* `shape`: height, width and reduction of the image. */
 INLINE void make_view(struct work *work, const struct job *job, const struct view *view, const uint8_t *image,
-                      int32_t image_width, uint8_t *out, int level)
+                      const int32_t *shape, uint8_t *out, int level)
 {
     const int32_t size = job->size, n = work->padded;
-    const int64_t image_stride = 3 * (int64_t)image_width, stride = 3 * (int64_t)n;
+    const int64_t image_stride = 3 * (int64_t)shape[1], stride = 3 * (int64_t)n;
+    work->rows = span_of(view->top, view->height, shape[2]);
+    work->columns = span_of(view->left, view->width, shape[2]);
     prepare_resize(work, job, view, level);
     work->channels = view->grayscale ? 1 : 3;
     work->radius = view->sigma > 0.0f ? gaussian(work->gauss, work->exact, view->sigma, work->widest) : 0;
@@ -886,10 +963,10 @@ INLINE void make_view(struct work *work, const struct job *job, const struct vie
     for (int32_t y = 0; y < size; y++) {
         float *row = work->planes + (contrast ? y * stride : 0);
         if (job->paper) {
-            resize_keys(work, view, image, image_stride, y);
+            resize_keys(work, image, image_stride, y);
         } else {
             for (; ready < work->down.start[y] + work->down.count[y]; ready += 2)
-                resize_across(work, view, image, image_stride, ready, ring_rows, level);
+                resize_across(work, image, image_stride, ready, ring_rows, level);
             resize_down(work, y, ring_rows, level);
         }
         widen(row, work->levels, 3 * n);
@@ -920,7 +997,7 @@ INLINE void make_views(struct work *work, const struct job *job, int level)
 {
     const int64_t bytes = 3 * (int64_t)job->size * job->size;
     for (int64_t i = 0; i < job->images * job->views; i++)
-        make_view(work, job, job->draws + i, job->pixels[i / job->views], job->sizes[2 * (i / job->views) + 1],
+        make_view(work, job, job->draws + i, job->pixels[i / job->views], job->sizes + 3 * (i / job->views),
                   job->out + i * bytes, level);
 }
 
@@ -962,10 +1039,15 @@ static int check(struct job *job)
         return BAD_SIZE;
     }
     for (int64_t i = 0; i < job->images; i++) {
-        const int32_t height = job->sizes[2 * i], width = job->sizes[2 * i + 1];
+        const int32_t reduction = job->sizes[3 * i + 2];
+        int32_t height = job->sizes[3 * i], width = job->sizes[3 * i + 1];
         job->bad = i;
         if (height < 1 || width < 1 || height > LONGEST_SIDE || width > LONGEST_SIDE)
             return BAD_SIZE;
+        if (reduction != 1 && (job->paper || (reduction != 2 && reduction != 4 && reduction != 8)))
+            return BAD_REDUCTION;
+        height *= reduction;
+        width *= reduction;
         for (int64_t v = 0; v < job->views; v++) {
             const struct view *view = job->draws + i * job->views + v;
             job->bad = i * job->views + v;
@@ -995,18 +1077,14 @@ EXPORT int simclr_ray_make_views(struct job *job)
     job->level = level < job->level ? level : job->level;
     if (wrong != DONE || job->images == 0 || job->views == 0)
         return wrong;
-    int32_t height = 1, width = 1;
-    for (int64_t i = 0; i < job->images * job->views; i++) {
-        height = job->draws[i].height > height ? job->draws[i].height : height;
-        width = job->draws[i].width > width ? job->draws[i].width : width;
-    }
+    const struct most most = measure(job);
     struct work work;
     memset(&work, 0, sizeof work);
-    const uint64_t bytes = lay_out(&work, NULL, height, width, job->size, job->bicubic, job->taps) + 64;
+    const uint64_t bytes = lay_out(&work, NULL, &most, job->size, job->taps) + 64;
     char *block = bytes <= SIZE_MAX ? malloc((size_t)bytes) : NULL;
     if (!block)
         return NO_MEMORY;
-    lay_out(&work, block + (64 - (uintptr_t)block % 64), height, width, job->size, job->bicubic, job->taps);
+    lay_out(&work, block + (64 - (uintptr_t)block % 64), &most, job->size, job->taps);
 #if X86
     if (job->level == AVX512)
         make_avx512(&work, job);
@@ -1015,6 +1093,7 @@ EXPORT int simclr_ray_make_views(struct job *job)
     else
 #endif
         make_plain(&work, job);
+    PERMIT(block, bytes);
     free(block);
     return DONE;
 }

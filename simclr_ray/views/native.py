@@ -30,17 +30,16 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from simclr_ray.views.apply import Image, Source, as_decoded
 from simclr_ray.views.draw import Draws
 from simclr_ray.views.policy import Policy
 
 __all__ = ["available", "crop", "two_views", "why_not"]
 
-Image = npt.NDArray[np.uint8]
-
 # Numbers and layouts shared with native.c.
 _SOURCE: Final = Path(__file__).with_name("native.c")
-_VERSION: Final = 1
-_DONE, _OTHER_VERSION, _NO_MEMORY, _BAD_SIZE, _BAD_BOX = range(5)
+_VERSION: Final = 2
+_DONE, _OTHER_VERSION, _NO_MEMORY, _BAD_SIZE, _BAD_BOX, _BAD_REDUCTION = range(6)
 _NOTHING: Final = 4  # in `operations`, beside the numbers of draw.py
 PLAIN, AVX2, AVX512 = range(3)  # instruction sets
 _VIEW: Final = np.dtype(
@@ -79,11 +78,12 @@ def why_not() -> str:
     return _load()[1]
 
 
-def two_views(images: Sequence[Image], draws: Draws, policy: Policy, *, out: Image | None = None) -> Image:
+def two_views(images: Sequence[Source], draws: Draws, policy: Policy, *, out: Image | None = None) -> Image:
     """Make every view that was drawn: crop, flip, colour, blur.
 
     Args:
-        images: n decoded images, (H, W, 3) uint8, of the sizes the draws were made for.
+        images: n decoded images, (H, W, 3) uint8, of the sizes the draws were made for; or `Decoded`, whose pixels may
+            be reduced by 2, 4 or 8 (not in flavour `paper`), while boxes stay in pixels of the full image.
         draws: Of shape (n, views), usually two views.
         policy: The policy they were drawn from.
         out: Where to write, C-contiguous, of the result's shape; by default a new array.
@@ -92,19 +92,20 @@ def two_views(images: Sequence[Image], draws: Draws, policy: Policy, *, out: Ima
         (n, views, S, S, 3) uint8.
 
     Raises:
-        ValueError: An array of another shape or type, a crop that leaves its image, or a draw that no policy makes.
+        ValueError: An array of another shape or type, a crop that leaves its image, a reduction that is none, or a
+            draw that no policy makes.
         MemoryError: No room for scratch memory: 12 bytes a pixel of one view, and some rows of the largest crop.
     """
     return _make(images, draws, policy, colours=True, out=out)
 
 
-def crop(images: Sequence[Image], draws: Draws, policy: Policy, *, out: Image | None = None) -> Image:
+def crop(images: Sequence[Source], draws: Draws, policy: Policy, *, out: Image | None = None) -> Image:
     """Crop, resize (antialiased) and flip as drawn, colours untouched. Arguments and errors as of `two_views`."""
     return _make(images, draws, policy, colours=False, out=out)
 
 
 def _make(
-    images: Sequence[Image],
+    images: Sequence[Source],
     draws: Draws,
     policy: Policy,
     *,
@@ -124,9 +125,10 @@ def _make(
         out = np.empty(shape, dtype=np.uint8)
     elif out.shape != shape or out.dtype != np.uint8 or not (out.flags.c_contiguous and out.flags.writeable):
         raise ValueError(f"out: {out.dtype} {out.shape}, not C-contiguous writable uint8 {shape}")
-    pixels = [_pixels(image) for image in images]  # holds copies until the call is over
+    decoded = [as_decoded(image) for image in images]
+    pixels = [_pixels(image.pixels) for image in decoded]  # holds copies until the call is over
     addresses = np.array([image.__array_interface__["data"][0] for image in pixels], dtype=np.uintp)
-    sizes = np.array([image.shape[:2] for image in pixels], dtype=np.int32)
+    sizes = np.array([(*image.pixels.shape[:2], image.reduction) for image in decoded], dtype=np.int32)
     rows = _rows(draws, policy, colours)
     job = _Job(
         version=_VERSION,
@@ -149,8 +151,12 @@ def _make(
     if code == _BAD_BOX:
         image, view = divmod(job.bad, views)
         box = [int(rows[image, view][name]) for name in ("top", "left", "height", "width")]
-        size = pixels[image].shape[:2]
-        raise ValueError(f"the crop {box} (top, left, height, width) is not inside image {image} of {size} pixels")
+        size, reduction = pixels[image].shape[:2], decoded[image].reduction
+        by = f" reduced by {reduction}" if reduction > 1 else ""
+        raise ValueError(f"the crop {box} (top, left, height, width) is not inside image {image} of {size} pixels{by}")
+    if code == _BAD_REDUCTION:
+        allowed = "1 in flavour paper" if policy.flavour == "paper" else "1, 2, 4 or 8"
+        raise ValueError(f"image {job.bad} is reduced by {decoded[job.bad].reduction}, not by {allowed}")
     if code != _DONE:
         where = f"image {job.bad} of {pixels[job.bad].shape[:2]} pixels" if job.bad >= 0 else f"{policy.blur_taps} taps"
         raise ValueError(f"a size out of range: views of {policy.size} pixels, {where}")

@@ -7,19 +7,36 @@ rejected row is reported beside.
 
 Crops are drawn from the headers, before anything is decoded. Decoded images live for as long as their views are being
 made, some at a time in one piece of memory: fresh memory costs page faults worth up to 40 % of a large image.
+
+With `scaled_decode` a JPEG is decoded once at a half, a quarter or an eighth of its size where both crops still have
+the view's pixels then; `data/decode.py` says what that wins and changes. The crops are the same boxes, at fractions of
+a pixel. It is for antialiased resizing alone: flavour `paper` reads four pixels each way of however many, so that what
+it makes of large crops is mostly aliases, of which a reduced image has none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from simclr_ray.data.decode import REASONS, Header, Limits, Pixels, Rejected, decode_reduced, read_header
+from simclr_ray.data.decode import (
+    REASONS,
+    Decoded,
+    Header,
+    Limits,
+    Pixels,
+    Reduction,
+    Rejected,
+    decode_reduced,
+    read_header,
+    reduced_size,
+    reductions,
+)
 from simclr_ray.errors import DataError
 from simclr_ray.views.draw import Draws, draw
 from simclr_ray.views.make import crop, two_views
@@ -44,14 +61,19 @@ class ViewStage:
     seed: int
     limits: Limits
     where: Where = "cpu"
+    scaled_decode: bool = True
 
     def __call__(self, unit: Columns) -> Columns:
         """Turn the columns `image`, `sample_id`, `unit` and `epoch` into views.
 
+        The columns `use`, `lost_id` and `lost_reason` may be there too: how often the unit's images were used before,
+        where they stand in for those of a lost unit, and which images were lost, -1 where none was.
+
         Returns:
             `views` (R, 2, S, S, 3) uint8; `sample_id`, `epoch` and `use` (R,) of the image that was used, which are the
             address of its draws; `unit` as it came; `rejected_id` (R,) and `reason` (R,) of the image that stood here
-            before, -1 where it was used.
+            before, -1 where it was used; `animated` (R,) bool, whether the image that was used is the first of several
+            frames.
 
         Raises:
             DataError: no row of the unit decodes.
@@ -61,7 +83,8 @@ class ViewStage:
 
     def columns(self, unit: Columns) -> Columns:
         """The same, leaving the process's number of threads alone."""
-        rows = self.read(unit["image"].tolist(), unit["sample_id"].astype(np.int64), unit["epoch"].astype(np.int64))
+        ids, epochs = unit["sample_id"].astype(np.int64), unit["epoch"].astype(np.int64)
+        rows = self.read(unit["image"].tolist(), ids, epochs, used=unit.get("use"))
         views = self.make(rows)
         accepted = rows.reasons == ACCEPTED
         if not accepted.any():
@@ -72,6 +95,7 @@ class ViewStage:
                 fix="look at the images with sample ids from " + str(rows.ids.min()),
             )
         source, use = replacements(accepted)
+        use += rows.used[source]
         if not accepted.all():
             self._fill(views, np.flatnonzero(~accepted), source, use, rows)
             if ((rows.reasons == ACCEPTED) != accepted).any():
@@ -82,20 +106,25 @@ class ViewStage:
             "epoch": rows.epochs[source],
             "use": use,
             "unit": unit["unit"],
-            "rejected_id": np.where(accepted, -1, rows.ids),
-            "reason": rows.reasons,
+            **_reported(unit, rows, accepted),
+            "animated": rows.animated[source],
         }
 
-    def read(self, encoded: Sequence[bytes | None], ids: Integers, epochs: Integers) -> Rows:
-        """Read the headers of n encoded images, whose ids and epochs are (n,)."""
+    def read(
+        self, encoded: Sequence[bytes | None], ids: Integers, epochs: Integers, *,
+        used: npt.NDArray[np.generic] | None = None,
+    ) -> Rows:  # fmt: skip
+        """Read the headers of n encoded images, whose ids, epochs and earlier uses (none without them) are (n,)."""
         headers = [read_header(data, self.limits) for data in encoded]
-        return Rows(encoded, ids, epochs, headers, np.array([_code(header) for header in headers], dtype=np.int8))
+        reasons = np.array([_code(header) for header in headers], dtype=np.int8)
+        before = np.zeros_like(ids) if used is None else used.astype(np.int64)
+        return Rows(encoded, ids, epochs, before, headers, reasons)
 
     def make(self, rows: Rows) -> Pixels:
         """Views (n, 2, S, S, 3) of each image; undefined where `rows.reasons` says afterwards that it has none."""
         views = np.empty((len(rows.ids), 2, self.policy.size, self.policy.size, 3), dtype=np.uint8)
         everywhere = np.arange(len(rows.ids))
-        self._fill(views, np.flatnonzero(rows.reasons == ACCEPTED), everywhere, np.zeros_like(everywhere), rows)
+        self._fill(views, np.flatnonzero(rows.reasons == ACCEPTED), everywhere, rows.used, rows)
         return views
 
     def _fill(self, views: Pixels, places: Integers, source: Integers, use: Integers, rows: Rows) -> None:
@@ -107,7 +136,9 @@ class ViewStage:
             use=use[places],
         )  # fmt: skip
         make = two_views if self.where == "cpu" else crop
-        for group, images in _decoded(chosen, rows, self.limits):
+        never: list[Reduction] = [1] * len(chosen)
+        wanted = wanted_reductions(draws, self.policy) if self.scaled_decode else never
+        for group, images in _decoded(chosen, rows, self.limits, wanted):
             views[places[group]] = make(images, draws[group], self.policy)
 
 
@@ -118,9 +149,26 @@ class Rows:
     encoded: Sequence[bytes | None]
     ids: Integers
     epochs: Integers
+    used: Integers
+    """How often each was used before, in this epoch."""
     headers: Sequence[Header | Rejected]
     reasons: npt.NDArray[np.int8]
     """`ACCEPTED`, or the number of the reason against it; what fails to decode is noted here as it is found."""
+
+    @property
+    def animated(self) -> npt.NDArray[np.bool_]:
+        """(n,) whether the file has several frames."""
+        return np.array([isinstance(header, Header) and header.animated for header in self.headers])
+
+
+def _reported(unit: Columns, rows: Rows, accepted: npt.NDArray[np.bool_]) -> Columns:
+    """`rejected_id` and `reason` of each place: the image that was lost here, else the one that does not decode."""
+    rejected, reasons = np.where(accepted, -1, rows.ids), rows.reasons
+    if "lost_id" in unit:
+        lost = unit["lost_id"].astype(np.int64)
+        rejected = np.where(lost >= 0, lost, rejected)
+        reasons = np.where(lost >= 0, unit["lost_reason"].astype(np.int8), reasons)
+    return {"rejected_id": rejected, "reason": reasons}
 
 
 def draws_at(
@@ -128,38 +176,48 @@ def draws_at(
 ) -> Draws:
     """Draws (n, 2) of the c-th use of each sample: views 2c and 2c + 1."""
     draws = draw(policy, seed=seed, epoch=epoch, sample_ids=sample_ids, sizes=sizes)
-    again = np.flatnonzero(use)  # few: drawing as many views of all as the worst needs would cost a second a batch
-    if len(again):
+    for count in np.unique(use[use > 0]).tolist():
+        again = np.flatnonzero(use == count)
         drawn = draw(
             policy, seed=seed, epoch=epoch[again], sample_ids=sample_ids[again], sizes=sizes[again],
-            views=2 * int(use.max()) + 2,
+            first_view=2 * count,
         )  # fmt: skip
-        theirs = drawn[np.arange(len(again))[:, None], 2 * use[again, None] + np.arange(2)]
         for field in fields(Draws):
-            getattr(draws, field.name)[again] = getattr(theirs, field.name)
+            getattr(draws, field.name)[again] = getattr(drawn, field.name)
     return draws
 
 
-def _decoded(chosen: Integers, rows: Rows, limits: Limits) -> Iterator[tuple[list[int], list[Pixels]]]:
+def wanted_reductions(draws: Draws, policy: Policy) -> list[Reduction]:
+    """By how much each of n images may be reduced when it is decoded, for draws (n, views)."""
+    if policy.flavour == "paper":
+        return [1] * len(draws)
+    boxes = np.stack([draws.top, draws.left, draws.height, draws.width], axis=-1)
+    return cast("list[Reduction]", reductions(boxes, policy.size).tolist())
+
+
+def _decoded(
+    chosen: Integers, rows: Rows, limits: Limits, wanted: Sequence[Reduction]
+) -> Iterator[tuple[list[int], list[Decoded]]]:
     """Groups of images that decode, and their indices in `chosen`; valid until the next group."""
     memory = np.empty(_BYTES_AT_ONCE, dtype=np.uint8)
     group: list[int] = []
-    images: list[Pixels] = []
+    images: list[Decoded] = []
     used = 0
     for index, row in enumerate(chosen.tolist()):
         data, header = rows.encoded[row], rows.headers[row]
         assert data is not None
         assert not isinstance(header, Rejected)
-        needed = 3 * header.height * header.width
+        factor, height, width = reduced_size(header, wanted[index])
+        needed = 3 * height * width
         if images and used + needed > len(memory):
             yield group, images
             group, images, used = [], [], 0
-        image = decode_reduced(data, header, limits, buffer=memory[used:])
+        image = decode_reduced(data, header, limits, reduction=factor, buffer=memory[used:])
         if isinstance(image, Rejected):
             rows.reasons[row] = _code(image)
             continue
         group.append(index)
-        images.append(image.pixels)
+        images.append(image)
         used = min(used + needed, len(memory))
     if images:
         yield group, images

@@ -24,7 +24,8 @@ from simclr_ray.data.decode import (
     decode,
     decode_reduced,
     read_header,
-    reduction,
+    reduced_size,
+    reductions,
 )
 from simclr_ray.errors import ConfigError
 from tests.unit.views.images import natural
@@ -337,6 +338,8 @@ def test_reasons_are_stored_by_number():
         "mode",
         "corrupt",
         "animated",
+        "shard_missing",
+        "shard_unreadable",
     )
 
 
@@ -436,15 +439,32 @@ def test_a_buffer_is_used_where_it_fits():
 )
 def test_reduction_keeps_every_crop_at_full_resolution(sides: list[tuple[int, int]], size: int, factor: int):
     boxes = np.array([(3, 5, height, width) for height, width in sides], dtype=np.int32)
-    assert reduction(boxes, size) == factor
+    assert reductions(boxes[None], size).tolist() == [factor]
 
 
 @given(st.lists(st.tuples(st.integers(1, 9000), st.integers(1, 9000)), min_size=1, max_size=4), st.integers(1, 512))
 def test_reduction_is_the_largest_that_loses_nothing(sides: list[tuple[int, int]], size: int):
-    factor = reduction(np.array([(0, 0, *side) for side in sides]), size)
+    (factor,) = reductions(np.array([[(0, 0, *side) for side in sides]]), size)
     shortest = min(min(side) for side in sides)
     assert factor == 1 or shortest / factor >= size
     assert factor == 8 or shortest / (2 * factor) < size
+
+
+def test_reductions_are_of_each_image_by_itself():
+    boxes = np.array([[(0, 0, 64, 99), (1, 1, 500, 64)], [(0, 0, 31, 99), (0, 0, 99, 99)], [(9, 9, 256, 300)] * 2])
+    assert reductions(boxes, 32).tolist() == [2, 1, 8]
+    assert reductions(boxes[:0], 32).tolist() == []
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("size", [(128, 192), (131, 197), (9, 300)])
+@pytest.mark.parametrize("factor", [1, 2, 4, 8])
+def test_the_size_that_a_decode_will_have_is_known_before(factor: int, size: tuple[int, int], orientation: int):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(natural(*size), "JPEG", exif=exif)
+    out = reduced(data, factor)
+    assert (out.reduction, *out.pixels.shape[:2]) == reduced_size(header_of(data), factor)
 
 
 @pytest.mark.parametrize("factor", [2, 4, 8])
@@ -462,7 +482,8 @@ def test_a_reduced_jpeg_is_the_full_one_in_small(factor: int, size: tuple[int, i
 def test_a_view_through_a_reduced_decode_is_nearly_the_same():
     data = encode(natural(512, 768), "JPEG", quality=90)
     top, left, height, width = box = (37, 101, 225, 331)
-    out = reduced(data, reduction(np.array([box]), 112))
+    (factor,) = reductions(np.array([[box]]), 112).tolist()
+    out = reduced(data, factor)
     assert out.reduction == 2
 
     def view(image: np.ndarray, factor: float) -> np.ndarray:

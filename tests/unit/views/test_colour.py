@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as TF
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from simclr_ray.views import colour as module
 from simclr_ray.views.colour import colour
@@ -235,6 +236,67 @@ def test_blur_leaves_a_flat_view_as_it_is(size: int, fraction: float):
     policy = policy.model_copy(update={"blur_kernel_fraction": fraction})
     views = torch.full((3, size, size, 3), 77, dtype=torch.uint8)
     assert torch.equal(colour(views, draws_for(policy, 3), policy), views)
+
+
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")]),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_blur_is_exact_whatever_products_the_program_allows(device: str):
+    # At 224 pixels a CPU has other products too; TF32 ones would be off by up to 0.1 levels.
+    views = torch.rand(4, 3, 224, 224, generator=torch.Generator().manual_seed(0)).mul_(255).to(device)
+    sigma = torch.linspace(0.5, 2, 4, device=device).view(4, 1, 1, 1)
+
+    def blurred() -> torch.Tensor:
+        pixels = views.clone()
+        module.blur(pixels, sigma, taps=23)
+        return pixels
+
+    expected = blurred()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        reduced = blurred()
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        cast = blurred()
+    assert torch.equal(reduced, expected)
+    assert torch.equal(cast, expected)
+
+
+class Crossings(TorchDispatchMode):
+    """Counts the operations that take a tensor from the CPU to another device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [part for part in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(part, torch.Tensor)]
+        made = [part for part in torch.utils._pytree.tree_leaves(out) if isinstance(part, torch.Tensor)]
+        if any(part.device.type != "cpu" for part in (*tensors, *made)):
+            self.sizes += [part.numel() for part in tensors if part.device.type == "cpu"]
+        return out
+
+
+@pytest.mark.parametrize("flavour", REFERENCES)
+def test_parameters_go_to_a_device_in_one_copy(flavour: Flavour):
+    # Each copy of ordinary memory is a moment in which the host waits for a GPU. "meta" is a device without pixels, and
+    # without autocast, which a blur switches off: only its matrices are made there.
+    policy = preset("imagenet-broad", size=32, flavour=flavour)
+    views, d = views_of(32, 40).to("meta"), draws_for(policy, 40)
+    with Crossings() as crossings:
+        colour(views, replace(d, blur=np.zeros(40, dtype=bool)), policy)
+    assert len(crossings.sizes) == 1
+    with Crossings() as crossings:
+        module._blur_matrix(torch.ones(40, 1, device="meta"), 32, 5, reflect=flavour == "torchvision")
+    assert not crossings.sizes
 
 
 def test_blur_weights_are_no_denormal_numbers():

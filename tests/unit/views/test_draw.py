@@ -96,6 +96,7 @@ def test_a_view_does_not_depend_on_how_many_there_are(policy: Policy):
     strips = {"height": 30, "width": 100, "n": 50}
     assert equal(many(policy, views=5, **strips)[:, :2], many(policy, **strips))
     assert equal(many(policy, views=5, **strips)[:, :1], many(policy, views=1, **strips))
+    assert equal(many(policy, views=5, **strips)[:, 2:4], many(policy, views=2, first_view=2, **strips))
 
 
 @pytest.mark.parametrize("other", [{"seed": 8}, {"seed": 7 + 2**32}, {"epoch": 4}])

@@ -13,7 +13,7 @@ from simclr_ray.data.decode import Limits
 from simclr_ray.errors import ConfigError, DataError
 from simclr_ray.views.policy import preset
 from simclr_ray.views.stage import ViewStage
-from tests.unit.views.test_stage import png, unit
+from tests.unit.views.test_stage import jpeg, png, unit
 
 
 def test_one_call_makes_what_the_stream_makes() -> None:
@@ -24,6 +24,18 @@ def test_one_call_makes_what_the_stream_makes() -> None:
     again = simclr_ray.two_views(images, seed=4, epoch=6, sample_ids=ids, policy=preset("cifar", size=16))
     assert np.array_equal(again, expected)
     assert simclr_ray.two_views(images, size=8, policy=preset("cifar", size=16)).shape == (5, 2, 8, 8, 3)
+
+
+def test_scaled_decode_can_be_had_and_left() -> None:
+    images = [jpeg(i) for i in range(6)]
+    policy = preset("imagenet", size=32)
+    views = {}
+    for scaled_decode in (True, False):
+        whole = ViewStage(policy, 0, Limits(), scaled_decode=scaled_decode)(unit(images, list(range(6))))["views"]
+        views[scaled_decode] = simclr_ray.two_views(images, policy=policy, scaled_decode=scaled_decode)
+        assert np.array_equal(views[scaled_decode], whole)
+    assert np.array_equal(simclr_ray.two_views(images, policy=policy), views[True])
+    assert not np.array_equal(views[True], views[False])
 
 
 def test_no_images_are_no_views() -> None:

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from simclr_ray.data.decode import Decoded
 from simclr_ray.views import apply, native
 from simclr_ray.views.draw import Draws, draw
 from simclr_ray.views.policy import Policy, preset
@@ -97,6 +98,78 @@ def test_large_images_shrink_and_tiny_ones_grow_as_the_twins(interpolation: str)
     tiny = [noise(2, 3)]
     d = draws_for(tiny, policy)
     assert np.array_equal(native.crop(tiny, d, policy), apply.crop(tiny, d, policy))
+
+
+@st.composite
+def reduced_images(draw_from) -> tuple[Policy, Decoded, Draws]:
+    """An image that stands for one of up to 900 pixels a side, and crops of it from its first pixel to its last."""
+    by = draw_from(st.sampled_from([2, 4, 8]))
+    sides = [draw_from(st.one_of(st.integers(1, 40), st.integers(1, 900))) for _ in range(2)]
+    policy = Policy(
+        size=draw_from(st.sampled_from([1, 7, 32, 45, 224])),
+        interpolation=draw_from(st.sampled_from(["bilinear", "bicubic"])),
+        **PLAIN,
+    )
+    kind = draw_from(st.sampled_from([noise, natural]))
+    image = Decoded(kind(*(-(-side // by) for side in sides), draw_from(st.integers(0, 9))), by)
+    d = draw(policy, seed=0, epoch=0, sample_ids=np.zeros(1, np.int64), sizes=np.array([sides]), views=1)
+    lengths = [draw_from(st.integers(1, side)) for side in sides]
+    starts = [draw_from(st.integers(0, side - length)) for side, length in zip(sides, lengths, strict=True)]
+    d = one(d, height=lengths[0], width=lengths[1], top=starts[0], left=starts[1])
+    return policy, image, d
+
+
+@built
+@settings(max_examples=200, deadline=None)
+@given(reduced_images())
+def test_crops_at_fractions_of_a_pixel_are_the_twins_bytes(case):
+    policy, image, d = case
+    plain, *others = (native._make([image], d, policy, colours=False, level=level) for level in LEVELS)
+    assert np.array_equal(plain, apply.crop([image], d, policy))
+    for other in others:
+        assert np.array_equal(other, plain)
+
+
+@built
+def test_full_and_reduced_images_of_one_batch_do_not_disturb_each_other():
+    policy = preset("imagenet", size=48)
+    sizes = np.array([(200, 300), (300, 200), (201, 299), (64, 64)])
+    images = [Decoded(natural(*-(-size // by), seed=by), by) for size, by in zip(sizes, (2, 1, 4, 8), strict=True)]
+    mixed = [images[0], images[1].pixels, *images[2:]]
+    d = draw(policy, seed=3, epoch=0, sample_ids=np.arange(4), sizes=sizes)
+    views = native.two_views(mixed, d, policy)
+    for i, image in enumerate(images):
+        assert np.array_equal(native.two_views([image], d[i : i + 1], policy)[0], views[i])
+    difference = np.abs(views.astype(int) - apply.two_views(mixed, d, policy))
+    assert difference.max() <= 1
+    assert (difference > 0).mean() <= 1e-3
+
+
+@built
+@pytest.mark.parametrize("by", [0, -2, 3, 16, 2**31 - 1])
+def test_a_reduction_that_is_none_is_refused(by: int):
+    policy = preset("cifar")
+    d = draws_for([natural(10, 10)] * 2, policy)
+    with pytest.raises(ValueError, match=f"image 1 is reduced by {by}, not by 1, 2, 4 or 8"):
+        native.crop([natural(10, 10), Decoded(natural(10, 10), by)], d, policy)
+
+
+@built
+def test_flavour_paper_takes_no_reduced_image():
+    policy = preset("cifar", flavour="paper")
+    d = draws_for([natural(10, 10)], policy)
+    with pytest.raises(ValueError, match="not by 1 in flavour paper"):
+        native.crop([Decoded(natural(10, 10), 2)], d, policy)
+
+
+@built
+def test_a_crop_outside_what_a_reduced_image_stands_for_is_refused():
+    policy = preset("cifar")
+    d = one(draws_for([natural(10, 10)], policy), top=0, left=0, height=20, width=20)
+    image = Decoded(natural(10, 10), 2)
+    native.crop([image], d, policy)
+    with pytest.raises(ValueError, match=r"not inside image 0 of \(10, 10\) pixels reduced by 2"):
+        native.crop([image], one(d, top=1), policy)
 
 
 @built
@@ -431,9 +504,9 @@ def test_a_kernel_that_was_not_built_is_not_available_and_says_why(monkeypatch: 
 # Runs where the process's memory is watched: every size at which rows, taps or windows end unevenly.
 UNDER_WATCH = """
 import itertools, sys
-from dataclasses import replace
 from pathlib import Path
 import numpy as np
+from simclr_ray.data.decode import Decoded
 from simclr_ray.views import native
 from simclr_ray.views.draw import draw
 from simclr_ray.views.policy import preset
@@ -442,11 +515,12 @@ native._file = lambda: Path(sys.argv[1])
 assert native.available(), native.why_not()
 rng = np.random.default_rng(0)
 sides = [(1, 1), (1, 9), (9, 1), (2, 3), (7, 5), (16, 33), (64, 64), (301, 40), (45, 500)]
-presets = [("torchvision", "bilinear"), ("torchvision", "bicubic"), ("paper", "bicubic")]
-for size, (flavour, interpolation) in itertools.product((1, 2, 8, 15, 16, 17, 32, 33, 100), presets):
+presets = [("torchvision", "bilinear", 1), ("torchvision", "bicubic", 1), ("paper", "bicubic", 1)]
+presets += [("torchvision", "bilinear", 2), ("torchvision", "bicubic", 4), ("torchvision", "bilinear", 8)]
+for size, (flavour, interpolation, by) in itertools.product((1, 2, 8, 15, 16, 17, 32, 33, 100), presets):
     policy = preset("imagenet-broad", size=size, flavour=flavour)
     policy = policy.model_copy(update={"interpolation": interpolation, "blur_kernel_fraction": 1.0})
-    images = [rng.integers(0, 256, (*side, 3), dtype=np.uint8) for side in sides]
+    images = [Decoded(rng.integers(0, 256, (-(-h // by), -(-w // by), 3), dtype=np.uint8), by) for h, w in sides]
     sizes = np.array(sides)
     draws = draw(policy, seed=size, epoch=0, sample_ids=np.arange(len(images)), sizes=sizes, views=3)
     draws.sigma[:, 1] *= 4
@@ -464,22 +538,21 @@ except MemoryError:
 """
 
 
-def test_no_byte_outside_the_arrays_is_touched(tmp_path: Path):
-    """The C code built with the address and undefined-behaviour sanitizers, in a process of its own."""
+def under_watch(source: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """The script, run on C code that is built with these sanitizers."""
     compiler = shutil.which("gcc")
     if compiler is None:
         pytest.skip("no gcc")
     runtime = Path(subprocess.check_output([compiler, "-print-file-name=libasan.so"], text=True).strip()).resolve()
     if not runtime.is_file():
         pytest.skip("gcc has no address sanitizer here")
-    library = tmp_path / "watched.so"
-    flags = ["-std=c11", "-O1", "-g", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"]
-    watch = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
-    source = ROOT / "simclr_ray" / "views" / "native.c"
-    subprocess.run([compiler, *flags, *watch, str(source), "-o", str(library)], check=True)
+    library = folder / "watched.so"
+    (folder / "watched.c").write_text(source)
+    flags = ["-std=c11", "-g", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run([compiler, *flags, *options, str(folder / "watched.c"), "-o", str(library)], check=True)
     # Scratch memory for views of 4096 pixels is beyond what the sanitizer hands out.
     options = "detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=150"
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-c", UNDER_WATCH, str(library)],
         env={**os.environ, "LD_PRELOAD": str(runtime), "ASAN_OPTIONS": options, "OMP_NUM_THREADS": "1"},
         cwd=ROOT,
@@ -487,5 +560,23 @@ def test_no_byte_outside_the_arrays_is_touched(tmp_path: Path):
         text=True,
         check=False,
     )
+
+
+def test_no_byte_outside_the_arrays_is_touched(tmp_path: Path):
+    checks = "-fsanitize=address,undefined,float-cast-overflow"
+    done = under_watch(native._SOURCE.read_text(), tmp_path, "-O1", checks, "-fno-sanitize-recover=all")
     assert done.returncode == 0, done.stderr[-4000:]
     assert "done, and no room is an error" in done.stdout
+
+
+def test_a_byte_beyond_an_array_of_the_scratch_memory_would_be_found(tmp_path: Path):
+    """The test above looks between the arrays that share one block, too."""
+    right, wrong = (
+        "memset(work->black, 0, (size_t)stride * sizeof(float))",
+        "memset(work->black, 0, 1 + 4 * (size_t)stride)",
+    )
+    source = native._SOURCE.read_text()
+    assert source.count(right) == 1
+    done = under_watch(source.replace(right, wrong), tmp_path, "-O0", "-fsanitize=address")
+    assert done.returncode != 0
+    assert "use-after-poison" in done.stderr

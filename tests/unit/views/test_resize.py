@@ -3,8 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
 
-from simclr_ray.views.resize import resize_keys, taps
+from simclr_ray.views.resize import filter_taps, resize_keys, resize_reduced, taps
 from tests.unit.views import google
 from tests.unit.views.images import natural
 
@@ -74,3 +78,69 @@ def test_weights_sum_to_one_and_reach_no_further_than_the_line(length: int, size
     assert index.min() >= 0
     assert index.max() < length
     torch.testing.assert_close(weights.sum(dim=1), torch.ones(size))
+
+
+# --- crops of a reduced image ---------------------------------------------------------------------------------------
+
+PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+# top, left, height, width in pixels of the full image, and what it was divided by.
+FRACTIONAL = [((37, 101, 225, 331), 2), ((2, 3, 401, 258), 4), ((13, 21, 611, 700), 8), ((1, 1, 64, 511), 2)]
+
+
+def reduced_image(factor: int, seed: int = 0) -> np.ndarray:
+    return natural(-(-640 // factor), -(-760 // factor), seed)
+
+
+@pytest.mark.parametrize("interpolation", PILLOW)
+@pytest.mark.parametrize("size", [24, 32])
+@pytest.mark.parametrize(("box", "factor"), FRACTIONAL)
+def test_a_fractional_box_lies_where_pillow_has_it(box, factor: int, size: int, interpolation: str):
+    top, left, height, width = box
+    image = reduced_image(factor)
+    corners = (left / factor, top / factor, (left + width) / factor, (top + height) / factor)
+    expected = np.asarray(Image.fromarray(image).resize((size, size), PILLOW[interpolation], box=corners)).astype(int)
+    out = resize_reduced(torch.from_numpy(image), box, size, factor, interpolation).numpy()
+    assert out.shape == (size, size, 3)
+    assert out.dtype == np.uint8
+    inside = (slice(3, -3), slice(3, -3))  # at its edge Pillow looks beyond the box
+    assert np.abs(out - expected)[inside].max() <= 1
+    assert np.abs(out - expected).max() < 40
+
+
+@pytest.mark.parametrize("interpolation", PILLOW)
+def test_a_box_of_whole_pixels_is_torchs_resize_but_for_the_bits_of_weights(interpolation):
+    image = torch.from_numpy(natural(90, 120))
+    out = resize_reduced(image, (24, 8, 256, 424), 20, 4, interpolation)
+    crop = image[6:70, 2:108].permute(2, 0, 1)[None]
+    expected = F.interpolate(crop, size=(20, 20), mode=interpolation, antialias=True)[0].permute(1, 2, 0)
+    assert (out.int() - expected.int()).abs().max() <= 1
+    assert (out != expected).float().mean() <= 0.02
+
+
+@pytest.mark.parametrize("interpolation", PILLOW)
+@pytest.mark.parametrize(("box", "factor"), FRACTIONAL)
+def test_pixels_that_the_box_does_not_reach_into_count_for_nothing(box, factor: int, interpolation):
+    top, left, height, width = box
+    image = torch.from_numpy(reduced_image(factor))
+    expected = resize_reduced(image, box, 24, factor, interpolation)
+    beyond = torch.full_like(image, 255)
+    inside = (slice(top // factor, -(-(top + height) // factor)), slice(left // factor, -(-(left + width) // factor)))
+    beyond[inside] = image[inside]
+    assert not torch.equal(beyond, image)
+    assert torch.equal(resize_reduced(beyond, box, 24, factor, interpolation), expected)
+
+
+@given(
+    st.sampled_from([2, 4, 8]), st.integers(0, 7), st.integers(1, 9000), st.integers(1, 512), st.sampled_from([*PILLOW])
+)
+def test_sums_of_a_fractional_resize_are_exact_and_keep_a_flat_image(factor, before, length, size, interpolation):
+    before %= factor
+    index, weights, precision = filter_taps(before, length, factor, size, interpolation)
+    pixels = -(-(before + length) // factor)
+    assert index.min() >= 0
+    assert index.max() < pixels
+    assert torch.equal(weights, weights.round())
+    assert weights.abs().max() < 1 << 15  # as the kernel keeps them
+    assert weights.abs().sum(dim=1).max() * 255 + (1 << precision) < 1 << 24  # as float32 counts
+    level = 255 * weights.sum(dim=1) / (1 << precision)
+    assert (level - 255).abs().max() < 0.5

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import io
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from simclr_ray.data.decode import REASONS, Limits, Rejected, decode_reduced
+from simclr_ray.data.decode import REASONS, Limits, Rejected, decode, decode_reduced, read_header
 from simclr_ray.errors import DataError
-from simclr_ray.views import stage
+from simclr_ray.views import apply, stage
 from simclr_ray.views.draw import Draws, draw
 from simclr_ray.views.policy import preset
-from simclr_ray.views.stage import ViewStage, replacements
+from simclr_ray.views.stage import ViewStage, replacements, wanted_reductions
+from tests.unit.views.images import natural
 
 STAGE = ViewStage(preset("cifar", size=16), seed=3, limits=Limits())
 
@@ -65,6 +67,52 @@ def test_a_rejected_row_is_replaced_by_the_next_one_in_views_of_its_own() -> Non
     assert not np.array_equal(out["views"][1], out["views"][2])
     clean = STAGE(unit([png(0), png(2), png(4)], [10, 12, 14]))
     assert np.array_equal(out["views"][[0, 2, 4]], clean["views"])
+
+
+def test_a_unit_that_stands_in_for_a_lost_one_has_views_of_its_own() -> None:
+    """Its earlier uses are counted on, also for a row that is replaced; what is reported are the lost images."""
+    images, ids = [png(0), b"<html>", png(2), png(3)], [10, 11, 12, 13]
+    lost = {"lost_id": np.array([20, 21, -1, 23]), "lost_reason": np.array([10, 11, -1, 10], dtype=np.int8)}
+    out = STAGE(unit(images, ids) | {"use": np.full(4, 64)} | lost)
+    assert out["sample_id"].tolist() == [10, 12, 12, 13]
+    assert out["use"].tolist() == [64, 65, 64, 64]
+    assert out["rejected_id"].tolist() == [20, 21, -1, 23]
+    assert [REASONS[code] for code in out["reason"][[0, 1, 3]]] == [
+        "shard_missing",
+        "shard_unreadable",
+        "shard_missing",
+    ]
+    own = STAGE(unit(images, ids))
+    for place, (sample, use) in enumerate(zip(out["sample_id"], out["use"], strict=True)):
+        pixels = decode(images[ids.index(sample)], Limits())
+        drawn = draw(
+            STAGE.policy, seed=3, epoch=0, sample_ids=np.array([sample]), sizes=np.array([pixels.shape[:2]]),
+            views=2 * use + 2,
+        )[:, -2:]  # fmt: skip
+        assert np.array_equal(out["views"][place], apply.two_views([pixels], drawn, STAGE.policy)[0])
+        assert not np.array_equal(out["views"][place], own["views"][place])
+
+
+def test_a_row_that_was_lost_with_its_shard_is_told_so() -> None:
+    out = STAGE(
+        unit([png(0), None, png(2)], [10, 11, 12])
+        | {"lost_id": np.array([-1, 11, -1]), "lost_reason": np.array([-1, 10, -1], dtype=np.int8)}
+    )
+    assert out["rejected_id"].tolist() == [-1, 11, -1]
+    assert REASONS[out["reason"][1]] == "shard_missing"
+    assert out["sample_id"].tolist() == [10, 12, 12]
+
+
+def test_images_of_several_frames_are_told_where_they_are_used() -> None:
+    frames = [Image.new("L", (20, 24), level) for level in (0, 99)]
+    stream = io.BytesIO()
+    frames[0].save(stream, "GIF", save_all=True, append_images=frames[1:])
+    out = STAGE(unit([png(0), stream.getvalue(), png(2), b"junk"], [10, 11, 12, 13]))
+    assert out["animated"].tolist() == [False, True, False, False]
+    out = STAGE(unit([b"", stream.getvalue(), png(2)], [10, 11, 12]))
+    assert out["animated"].tolist() == [True, True, False]  # it stands for the rejected one too
+    with_limits = ViewStage(STAGE.policy, STAGE.seed, Limits(animated="reject"))
+    assert not with_limits(unit([png(0), stream.getvalue()], [10, 11]))["animated"].any()
 
 
 def test_large_images_are_taken_some_at_a_time_and_small_ones_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,3 +184,134 @@ def test_replacement_is_the_next_accepted_row_around_the_end_and_no_use_repeats(
         assert source[place] == ahead
     assert len(set(zip(source.tolist(), use.tolist(), strict=True))) == len(accepted)
     assert (use[np.array(accepted)] == 0).all()
+
+
+# --- scaled decode --------------------------------------------------------------------------------------------------
+
+SCALED = ViewStage(preset("imagenet", size=48), seed=5, limits=Limits())
+FULL = replace(SCALED, scaled_decode=False)
+
+
+def jpeg(number: int, height: int = 320, width: int = 416, **options: object) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(natural(height, width, number)).save(stream, "JPEG", quality=90, **options)
+    return stream.getvalue()
+
+
+def turned(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+def draws_of(images: list[bytes], use: int = 0) -> Draws:
+    sizes = np.array([(header.height, header.width) for header in (read_header(data, Limits()) for data in images)])
+    ids = np.arange(len(images))
+    return stage.draws_at(
+        SCALED.policy, seed=SCALED.seed, epoch=ids * 0, sample_ids=ids, sizes=sizes, use=ids * 0 + use
+    )
+
+
+def test_without_scaled_decode_views_are_those_of_the_whole_image() -> None:
+    images = [jpeg(i) for i in range(6)]
+    pixels = [decode(data, Limits()) for data in images]
+    expected = stage.two_views(pixels, draws_of(images), SCALED.policy)
+    assert np.array_equal(FULL(unit(images, list(range(6))))["views"], expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"height": 333, "width": 413}, {"subsampling": "4:4:4"}, {"exif": turned(6)}, {"exif": turned(3)}],
+    ids=["4:2:0", "odd sides", "4:4:4", "turned", "upside down"],
+)
+def test_crops_of_a_scaled_decode_are_nearly_those_of_the_whole_image(options: dict[str, object]) -> None:
+    n = 24
+    images = [jpeg(i, **options) for i in range(n)]  # type: ignore[arg-type]
+    scaled, full = (replace(s, where="gpu")(unit(images, list(range(n))))["views"] for s in (SCALED, FULL))
+    wanted = np.array(wanted_reductions(draws_of(images), SCALED.policy))
+    assert {1, 2} <= set(wanted.tolist())
+    distance = np.abs(scaled.astype(int) - full).mean(axis=(2, 3, 4))  # (n, 2)
+    assert (distance[wanted == 1] == 0).all()
+    assert (distance[wanted > 1] > 0).all()
+    assert distance[wanted > 1].mean() <= 0.63
+    assert distance.max() <= 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"exif": turned(8), "height": 325, "width": 413},  # whose blocks would start outside
+        {"progressive": True},
+    ],
+)
+def test_what_cannot_be_decoded_at_a_scale_is_decoded_whole(options: dict[str, object]) -> None:
+    images = [jpeg(i, **options) for i in range(8)]  # type: ignore[arg-type]
+    images += [data[:-2] + bytes(10) + data[-2:] for data in map(jpeg, range(4))]  # Pillow has the last word on these
+    assert max(wanted_reductions(draws_of(images), SCALED.policy)) > 1
+    assert np.array_equal(SCALED(unit(images, list(range(12))))["views"], FULL(unit(images, list(range(12))))["views"])
+
+
+@given(st.integers(1, 4096), st.integers(1, 4096), st.integers(1, 300), st.integers(0, 2**32))
+def test_no_crop_is_enlarged_because_of_a_scaled_decode(height: int, width: int, size: int, seed: int) -> None:
+    policy = preset("imagenet", size=size)
+    d = draw(policy, seed=seed, epoch=0, sample_ids=np.arange(4), sizes=np.tile([height, width], (4, 1)))
+    for row, factor in enumerate(wanted_reductions(d, policy)):
+        assert factor == 1 or min(d.height[row].min(), d.width[row].min()) >= factor * size
+
+
+def test_flavour_paper_never_decodes_at_a_scale() -> None:
+    images = [jpeg(i) for i in range(6)]
+    scaled, full = (
+        replace(s, policy=preset("imagenet", flavour="paper", size=48))(unit(images, list(range(6))))["views"]
+        for s in (SCALED, FULL)
+    )
+    assert np.array_equal(scaled, full)
+
+
+def test_a_replacement_is_scaled_by_its_own_crops() -> None:
+    scales = [wanted_reductions(draws_of([jpeg(i) for i in range(9)], use), SCALED.policy) for use in (0, 1)]
+    row = next(i for i in range(9) if scales[0][i] < scales[1][i])
+    images: list[bytes] = [jpeg(i) for i in range(9)]
+    images[row - 1] = b""
+    out = SCALED(unit(images, list(range(9))))
+    assert (out["sample_id"][row - 1], out["use"][row - 1]) == (row, 1)
+    d = draws_of([jpeg(i) for i in range(9)], 1)[row : row + 1]
+    header = read_header(images[row], Limits())
+    decoded = decode_reduced(images[row], header, Limits(), reduction=scales[1][row])
+    assert decoded.reduction == scales[1][row]
+    assert np.array_equal(out["views"][row - 1], stage.two_views([decoded], d, SCALED.policy)[0])
+
+
+def test_reduced_images_take_as_much_of_the_memory_as_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [jpeg(i) for i in range(12)]
+    d = draws_of(images)
+    wanted = wanted_reductions(d, SCALED.policy)
+    needed = sum(3 * (320 // f) * (416 // f) for f in wanted)
+    expected = SCALED(unit(images, list(range(12))))
+    calls = []
+
+    def counted(decoded: list[object], *rest: object) -> object:
+        calls.append(len(decoded))
+        return apply.two_views(decoded, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(stage, "two_views", counted)
+    for room, groups in ((needed, 1), (needed - 1, 2), (1, 12)):
+        calls.clear()
+        monkeypatch.setattr(stage, "_BYTES_AT_ONCE", room)
+        views = SCALED(unit(images, list(range(12))))["views"]
+        assert len(calls) == groups
+        assert sum(calls) == 12
+        assert (views != expected["views"]).mean() < 1e-3  # by torch
+
+
+@pytest.mark.parametrize("scaled_decode", [True, False])
+def test_crops_for_the_gpu_become_the_same_views(scaled_decode: bool) -> None:
+    images = [jpeg(i) for i in range(8)]
+    finished, crops = (
+        replace(SCALED, scaled_decode=scaled_decode, where=where)(unit(images, list(range(8))))["views"]
+        for where in ("cpu", "gpu")
+    )
+    colours = apply.colour(torch.from_numpy(crops).flatten(0, 1), draws_of(images).flatten(), SCALED.policy)
+    difference = np.abs(colours.numpy().reshape(finished.shape).astype(int) - finished)
+    assert difference.max() <= 1
+    assert (difference > 0).mean() <= 1e-3
