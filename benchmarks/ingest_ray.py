@@ -28,7 +28,7 @@ from ray._private.state import state
 from simclr_ray.data.cursor import SegmentCursor
 from simclr_ray.data.decode import Limits
 from simclr_ray.data.plan import Segment
-from simclr_ray.data.stream import PlanAddress, configure_ray_data, execution_options, unit_stream
+from simclr_ray.data.stream import Columns, PlanAddress, configure_ray_data, execution_options, unit_stream
 from simclr_ray.train.batches import Shares, step_batches
 from simclr_ray.views.policy import Policy
 from simclr_ray.views.stage import ViewStage
@@ -67,6 +67,8 @@ class StreamRun:
     images: int
     wall_s: float
     cpu_s: float
+    stage_s: float
+    """CPU time of the stage itself, in the same run."""
     others_cores: float
     load: float
     """Load average of the machine before Ray started."""
@@ -81,6 +83,31 @@ class StreamRun:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class MeteredStage:
+    """The stage, with a note of the CPU time of every unit.
+
+    Speeds of a shared machine differ from one run to the next by more than what is looked for here; what the very same
+    run spent on views does not depend on that.
+    """
+
+    stage: ViewStage
+    folder: str
+
+    def __call__(self, unit: Columns) -> Columns:
+        started = time.thread_time()
+        views = self.stage(unit)
+        spent = time.thread_time() - started
+        with Path(self.folder, f"{os.getpid()}.txt").open("a") as notes:
+            notes.write(f"{unit['unit'][0]} {spent}\n")
+        return views
+
+    def spent(self, units: range) -> float:
+        """CPU seconds of these units, whichever process made them."""
+        lines = [line.split() for file in Path(self.folder).iterdir() for line in file.read_text().splitlines()]
+        return sum(float(seconds) for unit, seconds in lines if int(unit) in units)
 
 
 class Sample(NamedTuple):
@@ -138,10 +165,11 @@ def run_stream(
     load = os.getloadavg()[0]
     configure_ray_data()
     cursor = SegmentCursor.remote()
-    stage = ViewStage(stream.policy, stream.address.seed, Limits())
-    frame = unit_stream(stream.address, cursor, stage, unit_rows=UNIT_ROWS, units_per_task=stream.units_per_task)
     with tempfile.TemporaryDirectory() as scratch:
-        flag = Path(scratch, "measuring")
+        flag, notes = Path(scratch, "measuring"), Path(scratch, "notes")
+        notes.mkdir()
+        stage = MeteredStage(ViewStage(stream.policy, stream.address.seed, Limits()), str(notes))
+        frame = unit_stream(stream.address, cursor, stage, unit_rows=UNIT_ROWS, units_per_task=stream.units_per_task)
         config = {
             "root": os.getpid(), "cursor": cursor, "stream": stream, "first": skip, "last": skip + steps,
             "slow_s": slow_s, "segments": segments, "flag": str(flag),
@@ -155,16 +183,18 @@ def run_stream(
             scaling_config=ray.train.ScalingConfig(num_workers=1, resources_per_worker={"CPU": 1}),
             run_config=ray.train.RunConfig(name="ingest", storage_path=str(Path(scratch, "run"))),
         )
-        watcher = threading.Thread(target=watch, args=(flag,)) if watch else None
+        watcher = threading.Thread(target=watch, args=(flag,), daemon=True) if watch else None
         if watcher:
             watcher.start()
         result = trainer.fit().return_value
         if watcher:
             watcher.join()
+        measured = range((skip + 1) * stream.units_per_step, (skip + steps + 1) * stream.units_per_step)
+        stage_s = stage.spent(measured)
     usage, idle = result["usage"], result["idle"]
     images = steps * stream.units_per_step * UNIT_ROWS
     return StreamRun(
-        images, usage.wall_s, usage.cpu_s, usage.others_cores, load, result["by_role_s"],
+        images, usage.wall_s, usage.cpu_s, stage_s, usage.others_cores, load, result["by_role_s"],
         {role: seconds / idle.wall_s for role, seconds in result["idle_by_role_s"].items()},
         usage.by_process[ENDED][1], result["wait_s"],
     )  # fmt: skip

@@ -12,10 +12,13 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+
+from simclr_ray.storage.settings import StorageSettings, endpoint_problem
 
 Fraction = Annotated[float, Ge(0), Le(1)]
 Count = Annotated[int, Ge(1)]
+Level = Annotated[int, Ge(0), Le(255)]
 
 
 class Section(BaseModel):
@@ -44,8 +47,14 @@ class DataConfig(Section):
     """Images with more pixels than this are rejected from their header, before decoding."""
     min_side: Count = 2
     """Images with a shorter side than this, in pixels, are rejected."""
+    max_side: Count = 20_000
+    """Images with a longer side than this, in pixels, are rejected."""
+    max_bytes: Count = 100_000_000
+    """Images of more bytes than this, encoded, are rejected unread."""
+    background: tuple[Level, Level, Level] = (255, 255, 255)
+    """Red, green and blue, 0 to 255, that show through transparent pixels."""
     animated: Literal["first_frame", "reject"] = "first_frame"
-    """What a GIF, WebP or PNG of several frames gives."""
+    """What a GIF, WebP or PNG of several frames gives; those of which one was taken are counted."""
     max_rejected_fraction: Fraction = 0.01
     """The run stops (exit 3) when more than this fraction of the last `rejected_window` samples was rejected."""
     rejected_window: Count = 100_000
@@ -58,6 +67,14 @@ class DataConfig(Section):
     """Steps whose views the stream may have ready in the object store, and no more."""
     prefetch_units: Count = 8
     """Finished units each rank holds ready."""
+
+    @field_validator("max_side")
+    @classmethod
+    def _some_side_is_allowed(cls, longest: int, others: ValidationInfo) -> int:
+        shortest = others.data.get("min_side", 1)
+        if longest < shortest:
+            raise ValueError(f"at least data.min_side, {shortest}")
+        return longest
 
 
 class ViewsConfig(Section):
@@ -89,6 +106,10 @@ class ViewsConfig(Section):
     """Who does the colours: `cpu`, the stream's tasks, which then make finished views; `gpu`, the train workers on
     their devices, while the stream decodes and crops. The pictures are the same, up to rounding by 1 level. `auto`:
     `gpu` where there are GPUs with fewer than 3 CPUs each left for the stream."""
+    scaled_decode: bool = True
+    """Decode a JPEG at a half, a quarter or an eighth of its size where both crops still have the view's pixels then.
+    Images of 900 pixels and more gain (views of 224); theirs differ by 0.2 to 0.4 levels of 255 in the mean. Never in
+    flavour `paper`."""
 
 
 class ModelConfig(Section):
@@ -176,6 +197,15 @@ class TrainConfig(Section):
     """Steps between two records of the metrics."""
     checkpoint_every: Count = 500
     """Steps between two checkpoints; the last step is always one."""
+    checkpoint_every_s: Annotated[float, Gt(0)] | None = 900.0
+    """And seconds between two, so that a run of slow steps loses no more than this; null: by steps alone."""
+    max_failed_saves: Count = 3
+    """Checkpoints in a row that may fail (a full disk, a store that is down) before the run stops (exit 4)."""
+    on_nonfinite: Literal["stop", "rollback"] = "stop"
+    """When the loss or a gradient is not finite: `stop` (exit 6), or go back to the newest checkpoint and leave out that
+    step's images. Either way nothing of it reaches the weights, and the images are listed in `quarantine.parquet`."""
+    max_rollbacks: Count = 3
+    """Steps that `on_nonfinite: rollback` may leave out over the whole run."""
     keep_checkpoints: Annotated[int, Ge(1)] = 3
     """Newest committed checkpoints to keep."""
 
@@ -195,12 +225,54 @@ class ClusterConfig(Section):
     """CPUs that must stay free of train workers, for Ray Data."""
     threads_per_worker: Count | None = None
     """Compute threads of a CPU train worker; null: the machine's cores shared among the workers on it."""
+    min_workers: Count | None = None
+    """Train with so few workers where `workers` cannot be had (a lost node), and grow again when they can; the curve is
+    the same. null: always exactly `workers`."""
+    resize_check_s: Annotated[float, Gt(0)] = 600.0
+    """Seconds between two looks whether more workers can be had; growing goes back to the newest checkpoint."""
     max_failures: Annotated[int, Ge(0)] = 3
     """Restarts of the worker group before the run gives up (exit 5)."""
+    max_preemptions: Annotated[int, Ge(-1)] = -1
+    """Restarts because a node was taken away with notice, counted apart; -1: as many as come."""
     start_timeout_s: Annotated[float, Gt(0)] = 120.0
     """Longest wait for the workers' resources and start; minutes where an autoscaler must add nodes."""
+    first_step_timeout_s: Annotated[float, Gt(0)] = 1800.0
+    """Longest wait of a rank for the others in the first step of an attempt, in which libraries load, the stream starts
+    and compilation happens."""
     collective_timeout_s: Annotated[float, Gt(0)] = 300.0
-    """Longest wait of a rank for the others before the group is restarted."""
+    """Longest wait of a rank for the others in all later steps, before the group is restarted."""
+
+
+class StorageConfig(Section):
+    """How object stores are reached. Credentials do not belong here: each machine finds its own by the usual chain."""
+
+    endpoint: str | None = None
+    """URL of an S3-compatible store; null takes AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL, or else AWS itself."""
+    region: Annotated[str, MinLen(1)] | None = None
+    """Region that requests are signed for; null takes AWS_REGION or the profile's, or else us-east-1."""
+    path_style: bool | None = None
+    """Bucket in the URL's path (true) or in its host name (false); null: in the path where an endpoint is given."""
+    anonymous: bool = False
+    """Unsigned requests, for public buckets."""
+    allow_http: bool = False
+    """Read http:// and https:// URIs too. A list from elsewhere could then point into the cluster's own network."""
+    deadline_s: Annotated[float, Gt(0), Le(86_400)] = 120.0
+    """Longest time for one operation with all its retries; bodies above 16 MiB get as much for each 16."""
+    connect_timeout_s: Annotated[float, Gt(0), Le(3600)] = 10.0
+    """Longest wait for a connection."""
+    read_timeout_s: Annotated[float, Gt(0), Le(3600)] = 30.0
+    """Longest silence of the store in the middle of a request."""
+
+    @field_validator("endpoint")
+    @classmethod
+    def _endpoint_can_work(cls, endpoint: str | None) -> str | None:
+        if endpoint is not None and (problem := endpoint_problem(endpoint)):
+            raise ValueError(f"a URL such as https://s3.example.org:9000; this one {problem}")
+        return endpoint
+
+    def settings(self) -> StorageSettings:
+        """The same as `storage.configure` takes it."""
+        return StorageSettings(**self.model_dump())
 
 
 class EvaluateConfig(Section):
@@ -239,5 +311,7 @@ class Config(Section):
     """Training."""
     cluster: ClusterConfig = ClusterConfig()
     """Ray resources."""
+    storage: StorageConfig = StorageConfig()
+    """Object stores."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """Probes."""

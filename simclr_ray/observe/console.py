@@ -26,6 +26,7 @@ from rich.text import Text
 
 from simclr_ray.errors import SimclrError
 from simclr_ray.observe.metrics import Record
+from simclr_ray.storage.redaction import redact
 
 
 def printable(text: object) -> str:
@@ -59,7 +60,7 @@ def print_error(error: SimclrError, stream: TextIO | None = None) -> None:
         expected=None if error.expected is None else printable(error.expected),
         fix=None if error.fix is None else _indented(error.fix),
     )
-    _write_line(stream or sys.stderr, f"error: {calm}")
+    _write_line(stream or sys.stderr, redact(f"error: {calm}"))
 
 
 class Console:
@@ -176,14 +177,16 @@ _FIELDS: tuple[tuple[str, str, str, _Shape], ...] = (
     ("data/wait_fraction", "wait {}", "data wait", _percent),
     ("train/learning_rate", "lr {}", "learning rate", "{:.1e}".format),
     ("data/rejected_total", "rejected {}", "rejected", "{:,.0f}".format),
+    ("data/animated_total", "animated {}", "animated", "{:,.0f}".format),
 )
+_SILENT_AT_ZERO = ("data/rejected_total", "data/animated_total")
+"""On plain lines: none of these is the normal case and needs no words."""
 
 
 def _progress_line(progress: _Progress, values: Mapping[str, float]) -> str:
     parts = [f"step {progress.position}"]
     for name, words, _, write in _FIELDS:
-        # Nothing rejected is the normal case and needs no words.
-        if name in values and not (name == "data/rejected_total" and values[name] == 0):
+        if name in values and not (name in _SILENT_AT_ZERO and values[name] == 0):
             parts.append(words.format(write(values[name])))
     if progress.eta_s is not None and not progress.at_end:
         parts.append(f"eta {duration(progress.eta_s)}")
@@ -264,7 +267,13 @@ class _LiveScreen:
 def _screen(progress: _Progress) -> RenderableType:
     """Lay out the live screen: run folder, bar, numbers."""
     numbers = Table.grid(padding=(0, 3))
-    shown = [(title, write(progress.known[name])) for name, _, title, write in _FIELDS if name in progress.known]
+    known = progress.known
+    # Columns stay as they are from the first record on; one of animated images would stand empty in most runs.
+    shown = [
+        (title, write(known[name]))
+        for name, _, title, write in _FIELDS
+        if name in known and not (name == "data/animated_total" and known[name] == 0)
+    ]
     for _ in shown:
         numbers.add_column(no_wrap=True)
     numbers.add_row(*(Text(title, style="dim") for title, _ in shown))

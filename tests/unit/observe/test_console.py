@@ -71,10 +71,15 @@ def test_results_of_an_evaluation_come_at_once():
     assert stream.getvalue().splitlines()[1:] == ["step 2/9  knn 72.1 %  eta 0 s"]
 
 
-def test_rejected_images_are_shown_once_there_are_any():
-    stream = io.StringIO()
-    Console(stream=stream).progress(record(1, **{"data/rejected_total": 1234.0}))
-    assert stream.getvalue() == "step 1  rejected 1,234\n"
+@pytest.mark.parametrize("name", ["rejected", "animated"])
+def test_rejected_and_animated_images_are_shown_once_there_are_any(name):
+    for live in (False, True):
+        for count, shown in ((0.0, live and name == "rejected"), (1234.0, True)):
+            stream = io.StringIO()
+            with Console(stream=stream, live=live) as console:
+                console.progress(record(1, **{"train/loss": 2.0, f"data/{name}_total": count}))
+            assert (name in stream.getvalue()) == shown
+            assert ("1,234" in stream.getvalue()) == (count > 0)
 
 
 @pytest.mark.parametrize(
