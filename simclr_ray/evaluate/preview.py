@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from simclr_ray import storage
-from simclr_ray.configure import ConfigSource, load_config
-from simclr_ray.data.decode import Rejected, decode
+from simclr_ray.configure import ConfigSource, load_config, use_storage
+from simclr_ray.data.decode import REASONS, Rejected, decode
 from simclr_ray.data.manifest import read_manifest
 from simclr_ray.data.plan import Plan, UnitTable
 from simclr_ray.errors import ConfigError
@@ -40,6 +40,7 @@ def preview(
         DataError: the data set cannot be read.
     """
     settings = load_config(config, overrides)
+    use_storage(settings)
     if not settings.data.train:
         raise ConfigError("data.train must be set", fix="add --set data.train=FOLDER")
     if not 1 <= images <= _MOST:
@@ -50,7 +51,7 @@ def preview(
         raise ConfigError("the data set fills no unit", where="data.train", got=f"{manifest.rows} images")
     policy = policy_of(settings.views)
     limits = limits_of(settings.data)
-    stage = ViewStage(policy, settings.run.seed, limits)
+    stage = ViewStage(policy, settings.run.seed, limits, scaled_decode=settings.views.scaled_decode)
     originals: list[Image] = []
     views: list[Image] = []
     lines: list[str] = []
@@ -72,14 +73,30 @@ def preview(
                 policy, seed=settings.run.seed, sample_ids=np.array([sample_id]),
                 sizes=np.array([image.shape[:2]]), **address,
             )  # fmt: skip
-            lines += describe(sample_id, image.shape[:2], draws, policy)
+            lines += describe(sample_id, image.shape[:2], draws, policy, instead_of=_rejected_at(place, out))
     views_sheet(originals, np.stack(views), output, title=f"{settings.views.preset}, flavour {policy.flavour}")
     return lines
 
 
-def describe(sample_id: int, size: tuple[int, ...], draws: Draws, policy: Policy) -> Iterator[str]:
-    """The draws (1, 2) of one image, a line for it and a line for each view."""
-    yield f"image {sample_id}: {size[1]} x {size[0]} pixels"
+def _rejected_at(place: int, unit: Columns) -> str | None:
+    """The image that would have stood at a place of a finished unit, and why it does not."""
+    rejected = int(unit["rejected_id"][place])
+    return None if rejected < 0 else f"image {rejected}, rejected as {REASONS[int(unit['reason'][place])]}"
+
+
+def describe(
+    sample_id: int, size: tuple[int, ...], draws: Draws, policy: Policy, *, instead_of: str | None = None
+) -> Iterator[str]:
+    """The draws (1, 2) of one image, a line for it and a line for each view.
+
+    Args:
+        sample_id: Of the image.
+        size: Its height and width.
+        draws: (1, 2), of one use of it.
+        policy: They were drawn from.
+        instead_of: What this use of it stands in for, in words.
+    """
+    yield f"image {sample_id}: {size[1]} x {size[0]} pixels" + (f", instead of {instead_of}" if instead_of else "")
     for view, name in enumerate("ab"):
         drawn = draws[0:1, view : view + 1].flatten()[0]
         yield f"  view {name}: " + "; ".join(_words(drawn, size, policy))

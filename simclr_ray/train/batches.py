@@ -40,6 +40,8 @@ class StepBatch:
     """Images that each rank has in this step."""
     rejected: tuple[tuple[int, int], ...]
     """(sample id, reason code) of the images that could not be used."""
+    animated: int
+    """Images that are the first of several frames."""
     wait_s: float
     """Time this rank waited for its units."""
 
@@ -139,5 +141,6 @@ def _collect(step: int, mine: range, units: Iterator[Mapping[str, np.ndarray]], 
         shares.micro_batches(step),
         shares.images_by_rank(step),
         tuple((int(rejected[i]), int(reason[i])) for i in np.flatnonzero(rejected >= 0)),
+        int(column("animated").sum()),
         wait_s,
     )

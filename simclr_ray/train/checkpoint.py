@@ -6,10 +6,11 @@ no checkpoint. The newest valid one wins. No pickle anywhere, so loading runs no
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,10 +21,13 @@ from torch import Tensor, nn
 
 from simclr_ray import storage
 from simclr_ray.errors import StorageError
+from simclr_ray.version import __version__
 
 FORMAT = 1
 COMMIT_NAME = "COMMIT.json"
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 _FOLDER = re.compile(r"^step-(\d{9})$")
+_LONGEST_MARKER = 1 << 16
 
 Tensors = dict[str, Tensor]
 
@@ -50,20 +54,46 @@ def folder_name(step: int) -> str:
 
 
 def save(folder: str, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint below `folder` (the run's `checkpoints/`) and commit it. One process calls this."""
+    """Write a checkpoint below `folder` (the run's `checkpoints/`) and commit it. One process calls this.
+
+    Raises:
+        StorageError: it could not be written; what was written is removed again as far as the store lets us.
+    """
     target = storage.join(folder, folder_name(checkpoint.step))
-    storage.delete_folder(target)  # what an interrupted save of the same step left behind
+    _discard(target)  # what an earlier save of the same step left behind, whole or not
     state = {"format": FORMAT, "step": checkpoint.step, **checkpoint.facts}
-    files = {
-        "model.safetensors": save_tensors(_contiguous(checkpoint.model)),
-        "optimizer.safetensors": save_tensors(_contiguous(checkpoint.optimizer)),
-        "state.json": json.dumps(state, indent=1).encode(),
-    }
-    for name, data in files.items():
-        storage.write_bytes(storage.join(target, name), data)
-    vouched = {name: {"bytes": len(data), "digest": storage.digest(data)} for name, data in files.items()}
-    marker = json.dumps({"format": FORMAT, "files": vouched}, indent=1).encode()
-    storage.write_bytes(storage.join(target, COMMIT_NAME), marker)
+    vouched = {}
+    try:
+        for name in FILES:  # one at a time: a large model's bytes are in memory once, beside its tensors
+            data = _encoded(name, checkpoint, state)
+            storage.write_bytes(storage.join(target, name), data)
+            vouched[name] = {"bytes": len(data), "digest": storage.digest(data)}
+        marker = json.dumps({"format": FORMAT, "files": vouched}, indent=1).encode()
+        storage.write_bytes(storage.join(target, COMMIT_NAME), marker)
+    except StorageError:
+        with contextlib.suppress(StorageError):
+            _discard(target)
+        raise
+
+
+def snapshot(checkpoint: Checkpoint) -> Checkpoint:
+    """A copy on the CPU that later steps do not change, for saving beside them."""
+    return replace(checkpoint, model=_copied(checkpoint.model), optimizer=_copied(checkpoint.optimizer))
+
+
+def _encoded(name: str, checkpoint: Checkpoint, state: Mapping[str, Any]) -> bytes:
+    match name:
+        case "model.safetensors":
+            return bytes(save_tensors(_contiguous(checkpoint.model)))
+        case "optimizer.safetensors":
+            return bytes(save_tensors(_contiguous(checkpoint.optimizer)))
+    return json.dumps(state, indent=1).encode()
+
+
+def _discard(target: str) -> None:
+    """Delete a checkpoint; the marker goes first, so a half-deleted one is none."""
+    storage.delete_file(storage.join(target, COMMIT_NAME))
+    storage.delete_folder(target)
 
 
 def load(folder: str, step: int) -> Checkpoint:
@@ -71,17 +101,20 @@ def load(folder: str, step: int) -> Checkpoint:
 
     Raises:
         InvalidCheckpoint: it is not whole.
+        StorageError: it was written by a newer version, or cannot be read.
     """
     target = storage.join(folder, folder_name(step))
     files = _verified(target)
     try:
         state = json.loads(files["state.json"])
         model, optimizer = load_tensors(files["model.safetensors"]), load_tensors(files["optimizer.safetensors"])
-    except (KeyError, ValueError, SafetensorError) as error:
-        raise InvalidCheckpoint(f"{target}: {error}") from None
-    if state.pop("format") > FORMAT:
-        raise InvalidCheckpoint(f"{target}: written by a newer version")
-    return Checkpoint(state.pop("step"), model, optimizer, state)
+        del state["format"]
+        saved = int(state.pop("step"))
+    except (KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise InvalidCheckpoint(f"{target}: {error!r}") from None
+    if saved != step:
+        raise InvalidCheckpoint(f"{target}: holds step {saved}")
+    return Checkpoint(saved, model, optimizer, state)
 
 
 def load_newest(folder: str, warn: Callable[[str], None]) -> Checkpoint | None:
@@ -119,8 +152,12 @@ def load_newest(folder: str, warn: Callable[[str], None]) -> Checkpoint | None:
 
 def committed_steps(folder: str) -> list[int]:
     """Steps whose checkpoint has a commit marker, ascending."""
-    steps = [int(match[1]) for name in storage.list_names(folder) if (match := _FOLDER.match(name))]
-    return [step for step in steps if storage.exists(storage.join(folder, folder_name(step), COMMIT_NAME))]
+    return [step for step in _steps(folder) if storage.exists(storage.join(folder, folder_name(step), COMMIT_NAME))]
+
+
+def _steps(folder: str) -> list[int]:
+    """Steps that have a folder, committed or not, ascending."""
+    return sorted(int(match[1]) for name in storage.list_names(folder) if (match := _FOLDER.match(name)))
 
 
 def expired(committed: Sequence[int], *, keep: int) -> list[int]:
@@ -130,11 +167,16 @@ def expired(committed: Sequence[int], *, keep: int) -> list[int]:
 
 
 def prune(folder: str, *, keep: int) -> None:
-    """Delete expired checkpoints; the marker goes first, so a half-deleted one is none."""
-    for step in expired(committed_steps(folder), keep=keep):
-        target = storage.join(folder, folder_name(step))
-        storage.delete_file(storage.join(target, COMMIT_NAME))
-        storage.delete_folder(target)
+    """Delete expired checkpoints, and what interrupted saves before the newest committed one left behind.
+
+    Only what is committed counts as kept: a crash loop in the middle of saves could otherwise push out the last good
+    one. Called with no save in progress.
+    """
+    committed = committed_steps(folder)
+    gone = set(expired(committed, keep=keep))
+    gone |= {step for step in _steps(folder) if committed and step < committed[-1] and step not in committed}
+    for step in sorted(gone):
+        _discard(storage.join(folder, folder_name(step)))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
@@ -157,21 +199,59 @@ def model_tensors(model: nn.Module) -> Tensors:
     return dict(model.state_dict())
 
 
+def _copied(tensors: Mapping[str, Tensor]) -> Tensors:
+    """On the CPU, apart from the originals. Copies off a GPU are queued together and waited for once."""
+    out = {name: value.detach().to("cpu", copy=True, non_blocking=value.is_cuda) for name, value in tensors.items()}
+    if any(value.is_cuda for value in tensors.values()):
+        torch.cuda.synchronize()
+    return out
+
+
 def _contiguous(tensors: Mapping[str, Tensor]) -> Tensors:
-    """On the CPU, and in the default layout: safetensors stores no strides, and channels-last weights have others."""
-    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+    """In the default layout, on the CPU: safetensors stores no strides, and channels-last weights have others."""
+    return {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}
 
 
 def _verified(target: str) -> dict[str, bytes]:
     """All files of a checkpoint, each compared with what the marker vouches for."""
-    try:
-        vouched = json.loads(storage.read_bytes(storage.join(target, COMMIT_NAME)))["files"]
-        files = {name: storage.read_bytes(storage.join(target, name)) for name in vouched}
-    except FileNotFoundError as error:
-        raise InvalidCheckpoint(f"{target}: file missing: {error.filename or error}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise InvalidCheckpoint(f"{target}: {COMMIT_NAME} is broken: {error!r}") from None
-    for name, data in files.items():
-        if len(data) != vouched[name]["bytes"] or storage.digest(data) != vouched[name]["digest"]:
+    sizes = {entry.uri.rpartition("/")[2]: entry.bytes for entry in storage.list_level(target)[1]}
+    vouched = _vouched(target, sizes)
+    files = {}
+    for name in FILES:
+        # Sizes first, so that nothing large is read in vain, and no more than was vouched for.
+        if name not in sizes:
+            raise InvalidCheckpoint(f"{target}: {name} is missing")
+        if sizes[name] != vouched[name]["bytes"]:
+            raise InvalidCheckpoint(
+                f"{target}: {name} has {sizes[name]} bytes, {vouched[name]['bytes']} were committed"
+            )
+        try:
+            files[name] = storage.read_bytes(storage.join(target, name))
+        except FileNotFoundError:
+            raise InvalidCheckpoint(f"{target}: {name} is missing") from None
+        if storage.digest(files[name]) != vouched[name]["digest"]:
             raise InvalidCheckpoint(f"{target}: {name} is not what was committed")
     return files
+
+
+def _vouched(target: str, sizes: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """What the marker says of each of `FILES`."""
+    try:
+        if sizes[COMMIT_NAME] > _LONGEST_MARKER:
+            raise InvalidCheckpoint(f"{target}: {COMMIT_NAME} has {sizes[COMMIT_NAME]} bytes")
+        marker = json.loads(storage.read_bytes(storage.join(target, COMMIT_NAME)))
+        written_in = int(marker["format"])
+        if written_in <= FORMAT:
+            return {name: {key: marker["files"][name][key] for key in ("bytes", "digest")} for name in FILES}
+    except FileNotFoundError:
+        raise InvalidCheckpoint(f"{target}: {COMMIT_NAME} is missing") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InvalidCheckpoint(f"{target}: {COMMIT_NAME} is broken: {error!r}") from None
+    # Not "invalid": falling back to an older one would quietly undo what the newer version did.
+    raise StorageError(
+        "the checkpoint was written by a newer version of simclr_ray",
+        where=target,
+        got=f"format {written_in}",
+        expected=f"at most {FORMAT}, of version {__version__}",
+        fix="use the version that wrote it, or choose another run folder",
+    )

@@ -17,8 +17,10 @@ from typing import Any, Literal
 
 import ray
 import ray.exceptions
+from ray._private.state import state
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from simclr_ray import storage
 from simclr_ray.config import ClusterConfig
 from simclr_ray.errors import ClusterError
 from simclr_ray.views.stage import Where
@@ -35,10 +37,14 @@ cores for each GPU, the stream had better leave the colours to it."""
 def connected(config: ClusterConfig) -> Iterator[None]:
     """Hold a Ray connection; what was started here is stopped at the end, what was there before stays.
 
+    The storage settings of this process reach all tasks and actors: a local cluster inherits its environment, to a
+    running one they go as the job's `env_vars`. Credentials do not travel; each node has its own.
+
     Raises:
         ClusterError: a given address does not answer.
     """
     if ray.is_initialized():
+        _say_what_stays_behind()
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
@@ -49,7 +55,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
     try:
         if address:
             _probe(address)
-            ray.init(address=address, **calm)
+            ray.init(address=address, runtime_env={"env_vars": storage.environment(storage.current())}, **calm)
         else:
             ray.init(num_cpus=local_cpus(config), include_dashboard=False, **calm)
     except (ConnectionError, ValueError, ray.exceptions.RayError) as error:
@@ -63,6 +69,20 @@ def connected(config: ClusterConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _say_what_stays_behind() -> None:
+    """Warn where Ray runs already and its tasks will not see this process's storage settings."""
+    wanted = storage.environment(storage.current(), given={})
+    carried = ray.get_runtime_context().runtime_env.get("env_vars") or {}
+    missing = sorted(name for name, value in wanted.items() if carried.get(name) != value)
+    if missing:
+        log.warning(
+            "Ray was started before this call, so its tasks reach object stores as their own environment says, not as "
+            "the settings under storage: do; start Ray with runtime_env={'env_vars': storage.environment("
+            "storage.current())}, or set %s where its nodes start",
+            ", ".join(missing),
+        )
 
 
 def _probe(address: str) -> None:
@@ -101,6 +121,17 @@ class _ToLog(io.TextIOBase):
         if text.strip():
             log.info("%s", text.rstrip())
         return len(text)
+
+
+def draining_nodes() -> frozenset[str]:
+    """Ids of nodes that will be taken away, as the cluster was told (a spot notice, the autoscaler).
+
+    Ray Train has this as `get_preemption_info`, which is a barrier of all ranks; the driver needs to know without one.
+    """
+    try:
+        return frozenset(state.get_draining_nodes())
+    except (AttributeError, ray.exceptions.RayError):
+        return frozenset()  # another version of Ray's: only the extra checkpoint is lost
 
 
 def local_cpus(config: ClusterConfig) -> int:
@@ -151,7 +182,16 @@ def resolve_views(
     where: Literal["auto", "cpu", "gpu"], config: ClusterConfig, resources: dict[str, float], *,
     workers: int, use_gpu: bool,
 ) -> tuple[Where, str]:  # fmt: skip
-    """Who does the colours of the views, and why, in words."""
+    """Who does the colours of the views, and why, in words.
+
+    `gpu` is kept where no worker has one: the worker then does the colours on its CPU, the same pictures more slowly.
+    """
+    if where == "gpu" and not use_gpu:
+        gpus = int(resources.get("GPU", 0))
+        return where, (
+            f"as set by views.where, but the workers have no GPU, of which Ray offers {gpus}: each does the colours on "
+            "its own CPUs, within its steps; views.where=cpu would do them beside"
+        )
     if where != "auto":
         return where, "as set by views.where"
     if not use_gpu:

@@ -102,7 +102,14 @@ def derive(config: Config, manifest: Manifest) -> Derived:
 
 def limits_of(data: DataConfig) -> Limits:
     """What is decoded at all."""
-    return Limits(max_pixels=data.max_pixels, min_side=data.min_side, animated=data.animated)
+    return Limits(
+        max_pixels=data.max_pixels,
+        max_side=data.max_side,
+        min_side=data.min_side,
+        max_bytes=data.max_bytes,
+        background=data.background,
+        animated=data.animated,
+    )
 
 
 COPIED_PROBABILITIES = (

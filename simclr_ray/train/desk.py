@@ -10,6 +10,7 @@ import ray
 
 from simclr_ray.errors import SimclrError
 from simclr_ray.observe.metrics import Record
+from simclr_ray.train.pulse import Note, sentence
 
 
 @dataclass
@@ -21,6 +22,10 @@ class News:
     rejected: list[Mapping[str, Any]] = field(default_factory=list)
     attempts: int = 0
     """Attempts begun so far, over all lives of the run."""
+    nodes: frozenset[str] = frozenset()
+    """Ids of the nodes that the ranks of the current attempt run on."""
+    saved_step: int | None = None
+    """Step of the newest checkpoint that was committed since the driver started."""
 
 
 class _Desk:
@@ -29,11 +34,57 @@ class _Desk:
     def __init__(self, attempts: int) -> None:
         self._news = News(attempts=attempts)
         self._fatal: SimclrError | None = None
+        self._nodes: dict[int, str] = {}
+        self._notes: dict[int, Note] = {}
+        self._failed: list[tuple[Note, str]] = []
+        self._asked, self._stopping = 0, False
+        self._saved_step: int | None = None
 
     def begin_attempt(self) -> int:
         """Count a life of the worker group and return its number, from 1."""
+        ended = self.why_it_ended()
         self._news.attempts += 1
+        if ended:
+            self.say(f"attempt {self._news.attempts}; the one before ended: {ended}")
+        self._nodes = {}
         return self._news.attempts
+
+    def attempts(self) -> int:
+        """Attempts begun so far."""
+        return self._news.attempts
+
+    def join(self, rank: int, node: str) -> None:
+        """Say where a rank runs."""
+        self._nodes[rank] = node
+
+    def pulse(self, note: Note) -> tuple[int, bool]:
+        """Leave where a rank stands; returns how often a checkpoint was asked for so far, and whether to stop."""
+        self._notes[note.rank] = note
+        return self._asked, self._stopping
+
+    def stumble(self, note: Note, text: str) -> None:
+        """Leave the error of a rank that Ray may restart."""
+        self._failed.append((note, text))
+
+    def why_it_ended(self) -> str | None:
+        """What the ranks said about the end of the last attempt, once; None where they said nothing."""
+        if not self._failed and not self._notes:
+            return None
+        said = sentence(self._failed, list(self._notes.values()))
+        self._failed, self._notes = [], {}
+        return said
+
+    def ask_for_checkpoint(self) -> None:
+        """Have rank 0 save at its next step."""
+        self._asked += 1
+
+    def ask_to_stop(self) -> None:
+        """Have all ranks save and end at their next step."""
+        self._stopping = True
+
+    def saved(self, step: int) -> None:
+        """A checkpoint was committed."""
+        self._saved_step = step
 
     def post(self, record: Record) -> None:
         """Leave a record for the console."""
@@ -55,9 +106,14 @@ class _Desk:
         """The error that was left, if any."""
         return self._fatal
 
+    def pardon(self) -> None:
+        """Forget the error: the driver has dealt with it."""
+        self._fatal = None
+
     def collect(self) -> News:
         """Take the news away."""
         news, self._news = self._news, News(attempts=self._news.attempts)
+        news.nodes, news.saved_step = frozenset(self._nodes.values()), self._saved_step
         return news
 
 

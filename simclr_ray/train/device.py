@@ -1,8 +1,8 @@
 """From the views of the stream to views on the device that trains: the smallest thing to move, while it computes.
 
 On CUDA the copy goes from pinned memory on a stream of its own, so it runs beside the step that the device is still
-busy with; so do the colours, where `views.where` is `gpu`. The host does not wait for the copy; it does wait for the
-side stream some tens of times for each group of images whose colours are made, whose parameters are small copies.
+busy with; so do the colours, where `views.where` is `gpu`, and the copies of their parameters, one for each group of
+images. The host waits for none of it.
 """
 
 from __future__ import annotations

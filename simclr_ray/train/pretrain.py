@@ -13,7 +13,7 @@ import ray.train.torch
 
 from simclr_ray import storage
 from simclr_ray.config import Config
-from simclr_ray.configure import ConfigSource, load_config
+from simclr_ray.configure import ConfigSource, load_config, use_storage
 from simclr_ray.data.cursor import SegmentCursor
 from simclr_ray.data.manifest import Manifest, read_manifest
 from simclr_ray.data.stream import (
@@ -27,8 +27,11 @@ from simclr_ray.observe.console import Console
 from simclr_ray.train import checkpoint as ckpt
 from simclr_ray.train.cluster import beside_the_driver, connected, prints_logged, resolve_views, resolve_workers
 from simclr_ray.train.derive import Derived, check_world_size, derive, limits_of, policy_of, sentences, shares
-from simclr_ray.train.desk import Desk, News
-from simclr_ray.train.run import RunFolder, open_run, read_quarantine, write_quarantine
+from simclr_ray.train.desk import Desk
+from simclr_ray.train.keeper import Keeper, graceful_stop
+from simclr_ray.train.lock import RunLock, hold
+from simclr_ray.train.run import RunFolder, look_at_run, open_run, start_afresh
+from simclr_ray.train.step import NonFiniteStepError
 from simclr_ray.train.worker import WorkerOrder, train_worker
 from simclr_ray.views.make import how_views_are_made
 from simclr_ray.views.stage import ViewStage, Where
@@ -48,15 +51,16 @@ class RunResult:
     """The last record; empty when the run was finished already."""
 
 
-def pretrain(config: ConfigSource = None, overrides: Sequence[str] = ()) -> RunResult:
+def pretrain(config: ConfigSource = None, overrides: Sequence[str] = (), *, fresh: bool = False) -> RunResult:
     """Train an encoder; run it again with the same `run.folder` and it continues where it stands.
 
     Args:
         config: A YAML file, a mapping, or a `Config`.
         overrides: Such as `["train.global_batch=512"]`, applied on top.
+        fresh: Remove what an earlier run left in `run.folder` and start again.
 
     Raises:
-        ConfigError: a setting cannot work (before Ray starts).
+        ConfigError: a setting cannot work, or another driver holds the run folder (before Ray starts).
         DataError: the data set is missing, broken or changed, or too many images were rejected.
         ClusterError: Ray, its resources or its workers failed for good.
         StorageError: the run folder cannot be read or written.
@@ -64,13 +68,23 @@ def pretrain(config: ConfigSource = None, overrides: Sequence[str] = ()) -> RunR
     """
     settings = load_config(config, overrides)
     _require(settings)
+    use_storage(settings)
     manifest = read_manifest(storage.normalise(str(settings.data.train)))
     derived = derive(settings, manifest)
     policy_of(settings.views)
     if settings.cluster.workers:
         check_world_size(settings.cluster.workers, derived)
-    run, existed = open_run(settings, derived, manifest.fingerprint)
+    run = look_at_run(str(settings.run.folder))
     console = Console(total_steps=derived.total_steps, run_folder=run.uri)
+    with hold(run.uri, console.say) as lock:
+        if fresh:
+            start_afresh(run)
+        return _pretrain(settings, manifest, derived, console, lock)
+
+
+def _pretrain(settings: Config, manifest: Manifest, derived: Derived, console: Console, lock: RunLock) -> RunResult:
+    """With the run folder held."""
+    run, existed = open_run(settings, derived, manifest.fingerprint, say=console.say)
     newest = ckpt.load_newest(run.checkpoints, console.say)
     done = newest.step if newest else 0
     if done >= derived.total_steps:
@@ -90,8 +104,9 @@ def pretrain(config: ConfigSource = None, overrides: Sequence[str] = ()) -> RunR
         where, why = resolve_views(
             settings.views.where, settings.cluster, ray.cluster_resources(), workers=workers, use_gpu=use_gpu
         )
-        console.say(f"views: {how_views_are_made(where)} ({why})")
-        return _run(settings, manifest, derived, run, console, workers=workers, use_gpu=use_gpu, where=where)
+        console.say(f"views: {how_views_are_made(where)}, going by the driver's machine ({why})")
+        setup = _Setup(settings, manifest, derived, run, console, lock, workers, use_gpu, where)
+        return _run(setup)
 
 
 def _require(config: Config) -> None:
@@ -102,21 +117,54 @@ def _require(config: Config) -> None:
         raise ConfigError(f"{' and '.join(missing)} must be set", fix=f"add --set {missing[0]}=FOLDER")
 
 
-def _run(
-    config: Config,
-    manifest: Manifest,
-    derived: Derived,
-    run: RunFolder,
-    console: Console,
-    *,
-    workers: int,
-    use_gpu: bool,
-    where: Where,
-) -> RunResult:
+@dataclass(frozen=True)
+class _Setup:
+    """What one start of a run was found to be."""
+
+    config: Config
+    manifest: Manifest
+    derived: Derived
+    run: RunFolder
+    console: Console
+    lock: RunLock
+    workers: int
+    use_gpu: bool
+    where: Where
+
+
+def _run(setup: _Setup) -> RunResult:
+    """Train until the last step, over as many rollbacks as are allowed."""
+    run = setup.run
     desk = beside_the_driver(Desk).remote((run.info() or {}).get("attempts", 0))
-    trainer = _trainer(config, manifest, derived, run, desk, workers=workers, use_gpu=use_gpu, where=where)
-    run.update(status="running", workers=workers)
-    keeper = _Keeper(run, desk, console)
+    run.update(status="running", workers=setup.workers)
+    keeper = Keeper(run, desk, setup.console, setup.lock)
+    status = "failed"
+    try:
+        with setup.console, graceful_stop(keeper.stop):
+            while (error := _fit(setup, desk, keeper)) is not None:
+                _roll_back(setup, desk, error)
+        status = "interrupted" if keeper.stopping else "finished"
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    finally:
+        run.update(status=status, attempts=keeper.attempts)
+    if keeper.stopping:
+        setup.console.say("interrupted; run the same command again to continue from the newest checkpoint")
+        raise KeyboardInterrupt
+    return RunResult(run.uri, setup.derived.total_steps, keeper.last)
+
+
+def _fit(setup: _Setup, desk: Any, keeper: Keeper) -> NonFiniteStepError | None:
+    """Run Ray Train once.
+
+    Returns:
+        The step that must be left out before training can go on; None when training has ended.
+
+    Raises:
+        SimclrError: training cannot go on.
+    """
+    trainer = _trainer(setup, desk)
     outcome: list[BaseException | None] = []
 
     def fit() -> None:
@@ -127,65 +175,78 @@ def _run(
             outcome.append(error)
 
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
-    status = "failed"
-    try:
-        with console:
-            thread.start()
-            while thread.is_alive():
-                thread.join(POLL_S)
-                keeper.look()
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL_S)
         keeper.look()
-        error, fatal = outcome[0], ray.get(desk.fatal.remote())
-        if error is not None or fatal is not None:
-            raise _explain(error, fatal, config) from error
-        status = "finished"
-    except KeyboardInterrupt:
-        status = "interrupted"
-        console.say("interrupted; run the same command again to continue from the newest checkpoint")
-        raise
-    finally:
-        run.update(status=status, attempts=keeper.attempts)
-    return RunResult(run.uri, derived.total_steps, keeper.last)
+    keeper.look()
+    error, fatal = outcome[0], ray.get(desk.fatal.remote())
+    if isinstance(fatal, NonFiniteStepError) and setup.config.train.on_nonfinite == "rollback":
+        return fatal
+    if (error is not None or fatal is not None) and not keeper.stopping:
+        raise _explain(error, fatal, setup.config, ray.get(desk.why_it_ended.remote())) from error
+    return None
 
 
-def _trainer(
-    config: Config,
-    manifest: Manifest,
-    derived: Derived,
-    run: RunFolder,
-    desk: Any,
-    *,
-    workers: int,
-    use_gpu: bool,
-    where: Where,
-) -> ray.train.torch.TorchTrainer:
+def _roll_back(setup: _Setup, desk: Any, error: NonFiniteStepError) -> None:
+    """Note a step as left out; the next attempt starts from the newest checkpoint and passes over it.
+
+    Raises:
+        NonFiniteStepError: there were enough of them.
+    """
+    left_out, allowed = _left_out(setup.run), setup.config.train.max_rollbacks
+    if len(left_out) >= allowed:
+        raise error
+    setup.run.update(left_out=sorted(left_out | {error.step}))
+    setup.console.say(
+        f"{error.what} at step {error.step} ({error.got}); its images are left out "
+        f"({len(left_out) + 1} of {allowed} such steps), going back to the newest checkpoint"
+    )
+    ray.get(desk.pardon.remote())
+
+
+def _left_out(run: RunFolder) -> frozenset[int]:
+    return frozenset((run.info() or {}).get("left_out", []))
+
+
+def _trainer(setup: _Setup, desk: Any) -> ray.train.torch.TorchTrainer:
+    config, derived, run, cluster = setup.config, setup.derived, setup.run, setup.config.cluster
     configure_ray_data()
     cursor = beside_the_driver(SegmentCursor).remote()
-    limits = limits_of(config.data)
     stream = unit_stream(
-        PlanAddress(manifest.folder, manifest.fingerprint, config.run.seed),
+        PlanAddress(setup.manifest.folder, setup.manifest.fingerprint, config.run.seed),
         cursor,
-        ViewStage(policy_of(config.views), config.run.seed, limits, where),
+        ViewStage(
+            policy_of(config.views), config.run.seed, limits_of(config.data), setup.where, config.views.scaled_decode
+        ),
         unit_rows=derived.unit_rows,
         units_per_task=config.data.units_per_task,
     )
-    resources = {"CPU": config.cluster.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
-    order = WorkerOrder(config, derived, run, manifest.fingerprint, where, cursor, desk)
+    resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if setup.use_gpu else {})
+    fewest = min(cluster.min_workers or setup.workers, setup.workers)
+    order = WorkerOrder(config, derived, run, setup.manifest.fingerprint, setup.where, cursor, desk, _left_out(run))
     return ray.train.torch.TorchTrainer(
         train_worker,
         train_loop_config={"order": order},
         datasets={"train": stream},
         dataset_config=ray.train.DataConfig(execution_options=execution_options(_bytes_ahead(config, derived))),
         torch_config=ray.train.torch.TorchConfig(
-            backend="nccl" if use_gpu else "gloo", timeout_s=int(config.cluster.collective_timeout_s)
+            backend="nccl" if setup.use_gpu else "gloo", timeout_s=int(cluster.first_step_timeout_s)
         ),
-        scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=(fewest, setup.workers) if fewest < setup.workers else setup.workers,
+            use_gpu=setup.use_gpu,
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=cluster.resize_check_s,
+        ),
         run_config=ray.train.RunConfig(
             # Ray resumes a run by name; ours resumes by its own checkpoints, so each start gets a fresh name.
-            name=f"start-{(run.info() or {}).get('attempts', 0) + 1:04d}-{ray.get_runtime_context().get_job_id()}",
+            name=f"start-{ray.get(desk.attempts.remote()) + 1:04d}-{ray.get_runtime_context().get_job_id()}",
             storage_path=run.path("ray"),
             failure_config=ray.train.FailureConfig(
-                max_failures=config.cluster.max_failures, controller_failure_limit=config.cluster.max_failures
+                max_failures=cluster.max_failures,
+                max_preemption_failures=cluster.max_preemptions,
+                controller_failure_limit=cluster.max_failures,
             ),
         ),
     )
@@ -199,40 +260,14 @@ def _bytes_ahead(config: Config, derived: Derived) -> int:
     return units * unit_bytes
 
 
-class _Keeper:
-    """Reads the desk: shows records, keeps the quarantine and the count of attempts in the run folder."""
-
-    def __init__(self, run: RunFolder, desk: Any, console: Console) -> None:
-        self._run, self._desk, self._console = run, desk, console
-        self._quarantine = {entry["sample_id"]: entry for entry in read_quarantine(run)}
-        self.attempts = int((run.info() or {}).get("attempts", 0))
-        self.last: Mapping[str, float] = {}
-
-    def look(self) -> None:
-        """Take what came in."""
-        news: News = ray.get(self._desk.collect.remote())
-        for sentence in news.sentences:
-            self._console.say(sentence)
-        for record in news.records:
-            self._console.progress(record)
-            self.last = record.values
-        if news.attempts != self.attempts:
-            self.attempts = news.attempts
-            self._run.update(attempts=news.attempts)
-        fresh = {entry["sample_id"]: entry for entry in news.rejected if entry["sample_id"] not in self._quarantine}
-        if fresh:
-            self._quarantine |= fresh
-            write_quarantine(self._run, list(self._quarantine.values()))
-
-
-def _explain(error: BaseException | None, fatal: SimclrError | None, config: Config) -> SimclrError:
+def _explain(error: BaseException | None, fatal: SimclrError | None, config: Config, ended: str | None) -> SimclrError:
     """The user's error behind what Ray raised, or a sentence about Ray's own."""
     cause = fatal or root_cause(error)
     if cause is not None:
         return cause
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return ClusterError(
-        f"training stopped: {lines[-1] if lines else type(error).__name__}",
+        f"training stopped: {ended or (lines[-1] if lines else type(error).__name__)}",
         where="Ray Train",
         expected=f"at most {config.cluster.max_failures} restarts (cluster.max_failures)",
         fix="run the same command again to continue from the newest checkpoint; Ray's logs are in its session folder",

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -29,6 +31,7 @@ from simclr_ray.config import Config
 from simclr_ray.configure import flat, load_config, to_yaml
 from simclr_ray.errors import ConfigError
 from simclr_ray.train.derive import Derived
+from simclr_ray.train.lock import LOCK_NAME
 from simclr_ray.version import __version__
 
 FORMAT = 1
@@ -50,10 +53,18 @@ FREE = (
     "train.compile",
     "train.log_every",
     "train.checkpoint_every",
+    "train.checkpoint_every_s",
+    "train.max_failed_saves",
+    "train.on_nonfinite",
+    "train.max_rollbacks",
     "train.keep_checkpoints",
     "cluster.",
+    "storage.",
     "evaluate.",
 )
+
+#: What earlier versions did before there was a setting for it, where that is not its default now.
+BEFORE = {"views.scaled_decode": False}
 
 
 @dataclass(frozen=True)
@@ -97,8 +108,53 @@ def identity(config: Config, manifest_fingerprint: str) -> dict[str, Any]:
     }
 
 
-def open_run(config: Config, derived: Derived, manifest_fingerprint: str) -> tuple[RunFolder, bool]:
+#: Everything that a run writes into its folder; `start_afresh` removes this and nothing else.
+CONTENTS = (
+    "checkpoints/", "eval/", "ray/", "tensorboard/", "config.yaml", "metrics.jsonl", "quarantine.parquet",
+    "resolved.yaml", "run.json",
+)  # fmt: skip
+
+
+def look_at_run(folder: str) -> RunFolder:
+    """Refuse a folder that holds something else, before anything is written.
+
+    Raises:
+        ConfigError: the folder is a file, or not empty and no run's.
+    """
+    run = RunFolder(storage.normalise(folder))
+    if storage.is_local(run.uri) and Path(run.uri).is_file():
+        raise ConfigError("the run folder is a file", where=run.uri, fix="choose a folder with run.folder")
+    if storage.is_local(run.uri) and Path(run.uri).is_dir() and not os.access(run.uri, os.W_OK):
+        raise ConfigError("the run folder cannot be written", where=run.uri, fix="choose another with run.folder")
+    if run.info() is None:
+        names = [name for name in storage.list_names(run.uri) if name != LOCK_NAME]
+        if names:
+            raise ConfigError(
+                "the folder is not empty and holds no run", where=run.uri, got=", ".join(names[:3]),
+                fix="choose an empty folder with run.folder",
+            )  # fmt: skip
+    return run
+
+
+def start_afresh(run: RunFolder) -> None:
+    """Remove what an earlier run wrote; `run.json` last, so that a kill leaves a folder that is still recognised."""
+    for name in sorted(CONTENTS, key=lambda name: name == "run.json"):
+        if name.endswith("/"):
+            storage.delete_folder(run.path(name.rstrip("/")))
+        else:
+            storage.delete_file(run.path(name))
+
+
+def open_run(
+    config: Config, derived: Derived, manifest_fingerprint: str, *, say: Callable[[str], None] = lambda line: None
+) -> tuple[RunFolder, bool]:
     """Make the run folder, or recognise it.
+
+    Args:
+        config: Of the run.
+        derived: Its numbers.
+        manifest_fingerprint: Of the data set.
+        say: Told of each setting that differs from the last start and may.
 
     Returns:
         The folder, and whether the run existed already.
@@ -107,16 +163,10 @@ def open_run(config: Config, derived: Derived, manifest_fingerprint: str) -> tup
         ConfigError: the folder holds something else, or a run that another configuration made.
     """
     assert config.run.folder is not None
-    run = RunFolder(storage.normalise(config.run.folder))
+    run = look_at_run(config.run.folder)
     info = run.info()
     mine = identity(config, manifest_fingerprint)
     if info is None:
-        names = storage.list_names(run.uri)
-        if names:
-            raise ConfigError(
-                "the folder is not empty and holds no run", where=run.uri, got=", ".join(names[:3]),
-                fix="choose an empty folder with run.folder",
-            )  # fmt: skip
         # First the identity: a kill between any two of these writes leaves a folder that the next start recognises.
         run.update(format=FORMAT, version=__version__, created=_now(), status="new", attempts=0, identity=mine)
         _write_settings(run, config, derived)
@@ -128,15 +178,18 @@ def open_run(config: Config, derived: Derived, manifest_fingerprint: str) -> tup
         raise ConfigError(
             "this folder holds a run with another configuration:\n" + "\n".join(f"  {line}" for line in differences),
             where=run.uri,
-            fix="choose another run.folder, or set these back to continue the run",
+            fix="choose another run.folder, set these back to continue the run, or start again here with --fresh",
         )
+    for line in _accepted(run, config):
+        say(line)
     _write_settings(run, config, derived)
     return run, True
 
 
 def compare(existing: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:
     """Differences between two identities, a line each."""
-    defaults = flat(Config().model_dump(mode="json"))  # a setting that the run's version did not have yet
+    # A setting that the run's version did not have yet.
+    defaults = flat(Config().model_dump(mode="json")) | BEFORE
     keys = sorted(set(existing) | set(mine))
     existing = {key: existing.get(key, defaults.get(key)) for key in keys}
     return [
@@ -144,6 +197,26 @@ def compare(existing: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:
         for key in keys
         if existing.get(key) != mine.get(key)
     ]
+
+
+def _accepted(run: RunFolder, config: Config) -> list[str]:
+    """Settings that differ from the last start, a line each; all of them may."""
+    try:
+        before = yaml.safe_load(storage.read_bytes(run.path("resolved.yaml")))
+    except FileNotFoundError:
+        return []
+    before = flat({key: value for key, value in before.items() if key != "derived"})
+    now = flat(config.model_dump(mode="json"))
+    return [
+        f"changed since the last start, and free to: {key} {before[key]!r} -> {now[key]!r}"
+        for key in sorted(now)
+        if key in before and key.startswith(FREE) and _place(before[key]) != _place(now[key])
+    ]
+
+
+def _place(value: Any) -> Any:
+    """Paths are stored absolute."""
+    return storage.normalise(value) if isinstance(value, str) and "/" in value else value
 
 
 def open_existing(folder: str) -> tuple[RunFolder, Config]:

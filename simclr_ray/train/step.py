@@ -26,6 +26,29 @@ STEP_METRICS = (
 )
 
 
+#: Reason in the quarantine for images whose projections were not finite.
+NON_FINITE = "not_finite"
+
+
+class NonFiniteStepError(NumericsError):
+    """A step that must not be taken."""
+
+    def __init__(self, step: int, error: NumericsError, sample_ids: Sequence[int]) -> None:
+        """Of a step (counted from 0), with the images whose projections were not finite, if any."""
+        self.step, self.sample_ids = step, tuple(sample_ids)
+        more = f" and {len(sample_ids) - 8} more" if len(sample_ids) > 8 else ""
+        shown = ", ".join(map(str, sample_ids[:8])) + more
+        of = f"; images with such projections: sample ids {shown}" if sample_ids else ""
+        super().__init__(
+            error.what, where=f"step {step}", got=f"{error.got}{of}", expected=error.expected, fix=error.fix
+        )
+        self._error = error
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """By what it was made of."""
+        return (NonFiniteStepError, (self.step, self._error, self.sample_ids))
+
+
 class StepNumbers(NamedTuple):
     """What a step says of itself, on its device, the same on all ranks."""
 
@@ -44,7 +67,6 @@ def train_step(
     loss_of: Callable[[Tensor], NTXent],
     learning_rate: float,
     clip_gradient_norm: float | None,
-    check_finite: bool,
 ) -> StepNumbers:
     """Do one step and return its numbers.
 
@@ -56,10 +78,11 @@ def train_step(
         loss_of: NT-Xent of the projections (2n, D) of all micro-batches.
         learning_rate: Of this step.
         clip_gradient_norm: Largest gradient norm, or None.
-        check_finite: Look at the numbers before the weights change. Costs a host sync, which only GPUs feel.
 
     Raises:
-        NumericsError: a number is not finite; on every rank alike, for all the numbers are global.
+        NumericsError: a number is not finite, and the weights are as they were; on every rank alike, for all the
+            numbers are global. Looking at them makes the host wait for a GPU once a step, as mixed precision with loss
+            scaling does too: a step that must not be taken can be found in no other way.
     """
     set_learning_rate(optimizer, learning_rate)
     optimizer.zero_grad(set_to_none=True)
@@ -77,8 +100,7 @@ def train_step(
         norm,
     )
     numbers = StepNumbers(torch.stack([value.float() for value in means]), result.nonfinite_rows)
-    if check_finite:
-        refuse_non_finite(numbers)
+    refuse_non_finite(numbers)
     optimizer.step()
     return numbers
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from simclr_ray.observe.metrics import JsonlSink, Record, Recorder, Sink, Tensor
 from simclr_ray.train.batches import StepBatch
 from simclr_ray.train.derive import Derived
 from simclr_ray.train.run import RunFolder
-from simclr_ray.train.step import STEP_METRICS, StepNumbers, refuse_non_finite
+from simclr_ray.train.step import STEP_METRICS, StepNumbers
 
 
 class TooManyRejectedError(DataError):
@@ -36,6 +36,8 @@ class Position:
     """Optimizer steps done."""
     rejected_total: int
     """Images rejected so far."""
+    animated_total: int
+    """Images so far that were the first of several frames."""
 
 
 class StepLog:
@@ -50,9 +52,11 @@ class StepLog:
         self._numbers: list[StepNumbers] = []
         self._waits: list[float] = []
         self._rejected: list[tuple[int, int, int]] = []
-        self.rejected_total = start.rejected_total
+        self._animated = 0
+        self.rejected_total, self.animated_total = start.rejected_total, start.animated_total
         self._window: list[tuple[int, int]] = []  # (samples, rejected) of each record
-        self._save_s: float | None = None
+        self._stall_s: float | None = None
+        self._written_s: float | None = None
         self._metrics = _MetricsFile(run, start.step) if rank == 0 else None
         self._since, self._since_step = time.monotonic(), start.step
 
@@ -68,29 +72,37 @@ class StepLog:
         self._numbers.append(numbers)
         self._waits.append(batch.wait_s)
         self._rejected += [(sample, reason, batch.step) for sample, reason in batch.rejected]
+        self._animated += batch.animated
 
-    @contextlib.contextmanager
-    def saving(self) -> Iterator[None]:
-        """Around a save: metrics first, so that no committed step lacks its record; then count the time it takes.
+    def upload_of_now(self) -> Callable[[], None]:
+        """What must be done before a checkpoint of this moment is committed: no committed step lacks its record.
 
-        That time is not a step's, so it is kept out of the next record's step time.
+        May be called later and in another thread; what it uploads is of now.
         """
-        started = time.monotonic()
-        if self._metrics:
-            self._metrics.upload()
-        yield
-        self._save_s = time.monotonic() - started
-        self._since += self._save_s
+        return self._metrics.upload_of_now() if self._metrics else _nothing
+
+    def stood_still(self, stall_s: float, written_s: float | None) -> None:
+        """Note the time of a save: it is not a step's, so it is kept out of the next record's step time.
+
+        Args:
+            stall_s: The steps were held up for.
+            written_s: The save before took, in its thread; None if it has not ended yet.
+        """
+        self._stall_s = (self._stall_s or 0.0) + stall_s
+        self._written_s = written_s if written_s is not None else self._written_s
+        self._since += stall_s
 
     def write(self, step: int, learning_rate: float) -> None:
         """Agree on what all ranks saw and write one record. Called on every rank at the same steps."""
+        if not self._numbers:  # all its steps were left out
+            self._waits.clear()
+            return
         means = torch.stack([numbers.values for numbers in self._numbers]).mean(dim=0)
-        nonfinite = torch.stack([numbers.nonfinite_rows for numbers in self._numbers]).sum(dim=0)
-        refuse_non_finite(StepNumbers(means, nonfinite))
-        waited, rejected = self._agree(sum(self._waits), len(self._rejected))
+        waited, (rejected, animated) = self._agree(sum(self._waits), len(self._rejected), self._animated)
         now, steps = time.monotonic(), step - self._since_step
         elapsed, samples = max(now - self._since, 1e-9), steps * self._config.train.global_batch
         self.rejected_total += rejected
+        self.animated_total += animated
         self._report_rejected()
         values = dict(zip(STEP_METRICS, means.tolist(), strict=True))
         values |= {
@@ -101,11 +113,14 @@ class StepLog:
             "data/wait_fraction": min(1.0, waited / elapsed),
             "data/images_per_s": samples / elapsed,
             "data/rejected_total": float(self.rejected_total),
+            "data/animated_total": float(self.animated_total),
             "time/step_s": elapsed / steps,
         }
-        if self._save_s is not None:
-            values["time/checkpoint_s"] = self._save_s
-            self._save_s = None
+        if self._stall_s is not None:
+            values["time/checkpoint_stall_s"] = self._stall_s
+        if self._written_s is not None:
+            values["time/checkpoint_s"] = self._written_s
+        self._stall_s = self._written_s = None
         if self._device.type == "cuda":
             values["gpu/peak_mib"] = torch.cuda.max_memory_allocated(self._device) / 2**20
         if self._metrics:
@@ -114,16 +129,17 @@ class StepLog:
             self._desk.post.remote(record)
         self._numbers.clear()
         self._waits.clear()
+        self._animated = 0
         self._since, self._since_step = now, step
         self._refuse_rejected(samples, rejected)
 
-    def _agree(self, waited_s: float, rejected: int) -> tuple[float, int]:
-        """The longest wait of any rank, and the rejected images of all."""
+    def _agree(self, waited_s: float, *counts: int) -> tuple[float, list[int]]:
+        """The longest wait of any rank, and each count of images over all of them."""
         longest = torch.tensor([waited_s], device=self._device)
-        total = torch.tensor([rejected], device=self._device)
+        totals = torch.tensor(counts, device=self._device)
         dist.all_reduce(longest, dist.ReduceOp.MAX)
-        dist.all_reduce(total, dist.ReduceOp.SUM)
-        return float(longest.item()), int(total.item())
+        dist.all_reduce(totals, dist.ReduceOp.SUM)
+        return float(longest.item()), totals.tolist()
 
     def _report_rejected(self) -> None:
         if self._rejected:
@@ -175,11 +191,24 @@ class _MetricsFile:
         self._recorder.log(record)
 
     def upload(self) -> None:
-        if not self._local:
-            storage.write_bytes(self._uri, self._path.read_bytes())
+        self.upload_of_now()()
+
+    def upload_of_now(self) -> Callable[[], None]:
+        if self._local:
+            return _nothing
+        data = self._path.read_bytes()
+        return lambda: _written(self._uri, data)
 
     def close(self) -> None:
         self._recorder.close()
         if self._scratch:
             self.upload()
             self._scratch.cleanup()
+
+
+def _nothing() -> None:
+    pass
+
+
+def _written(uri: str, data: bytes) -> None:
+    storage.write_bytes(uri, data)

@@ -12,8 +12,10 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, cast
 
+import numpy as np
 import ray
 import ray.train
 import ray.train.torch
@@ -34,8 +36,11 @@ from simclr_ray.train.batches import Shares, StepBatch, step_batches
 from simclr_ray.train.cluster import usable_cores
 from simclr_ray.train.derive import Derived, policy_of
 from simclr_ray.train.device import ViewsOnDevice
+from simclr_ray.train.pulse import EVERY_S, RANK_0_EVERY_S, Pulse
 from simclr_ray.train.run import RunFolder
-from simclr_ray.train.step import train_step
+from simclr_ray.train.saver import SavesFailedError, Verdict
+from simclr_ray.train.saves import Saves
+from simclr_ray.train.step import NON_FINITE, NonFiniteStepError, train_step
 from simclr_ray.train.step_log import Position, StepLog, TooManyRejectedError
 from simclr_ray.views.apply import normalise
 from simclr_ray.views.policy import Policy
@@ -55,7 +60,9 @@ class WorkerOrder:
     cursor: Any
     """`SegmentCursor` actor."""
     desk: Any
-    """`Desk` actor, where rank 0 leaves news for the driver."""
+    """`Desk` actor, where ranks leave news for the driver."""
+    left_out: frozenset[int] = frozenset()
+    """Steps whose images are passed over, for they gave numbers that are not finite."""
 
 
 def train_worker(loop_config: dict[str, Any]) -> None:
@@ -63,11 +70,13 @@ def train_worker(loop_config: dict[str, Any]) -> None:
     order: WorkerOrder = loop_config["order"]
     if ray.get(order.desk.fatal.remote()) is not None:
         return  # a restart of Ray's after an error that every restart would meet again; the driver raises it
-    with _reported(order.desk):
-        _train(order)
+    rank = ray.train.get_context().get_world_rank()
+    ray.get(order.desk.join.remote(rank, ray.get_runtime_context().get_node_id()))
+    with Pulse(rank, order.desk) as pulse, _reported(order.desk, pulse):
+        _train(order, pulse)
 
 
-def _train(order: WorkerOrder) -> None:
+def _train(order: WorkerOrder, pulse: Pulse) -> None:
     config, derived = order.config, order.derived
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
@@ -81,36 +90,50 @@ def _train(order: WorkerOrder) -> None:
     attempt = _next_attempt(order.desk, rank)
     autocast, policy = _autocast(config, device), policy_of(config.views)
     step_log = StepLog(config, derived, order.run, order.desk, rank=rank, device=device, attempt=attempt, start=start)
+    saves = Saves(order.run.checkpoints, config.train, derived.total_steps, order.desk, rank=rank, device=device)
     views_on_device = ViewsOnDevice(device, policy, seed=config.run.seed, where=order.where)
 
     def encode(views: Tensor) -> Tensor:
         with autocast():
             return cast(Tensor, parallel(_images(views, policy, channels_last=config.train.channels_last)))
 
-    with step_log:
-        for batch in _batches(order, rank, world_size, first_step=start.step):
-            micro_batches = torch.split(views_on_device(batch), list(batch.micro_batches))
-            if config.model.batch_norm == "frozen" and batch.step == 0:
-                _calibrate(model, encode, micro_batches)
-            learning_rate = _learning_rate(order, batch.step)
+    def step(batch: StepBatch) -> None:
+        micro_batches = torch.split(views_on_device(batch), list(batch.micro_batches))
+        if config.model.batch_norm == "frozen" and batch.step == 0:
+            _calibrate(model, encode, micro_batches)
+        with _offenders_named(batch, micro_batches, encode, order.desk):
             numbers = train_step(
                 parallel,
                 optimizer,
                 micro_batches,
                 encode=encode,
                 loss_of=_loss(config, batch, first=batch.step == start.step),
-                learning_rate=learning_rate,
+                learning_rate=_learning_rate(order, batch.step),
                 clip_gradient_norm=config.optim.clip_gradient_norm,
-                check_finite=device.type == "cpu",
             )
+        step_log.take(batch, numbers)
+
+    with step_log, saves:
+        pulse.begin(on_answer=saves.listen, every_s=RANK_0_EVERY_S if rank == 0 else EVERY_S)
+        pulse.at(start.step, "data")
+        for batch in _batches(order, rank, world_size, first_step=start.step):
             done = batch.step + 1
-            step_log.take(batch, numbers)
-            saves = done == derived.total_steps or done % config.train.checkpoint_every == 0
-            if saves or done % config.train.log_every == 0:
-                step_log.write(done, learning_rate)
-            if saves and rank == 0:
-                with step_log.saving():
-                    _save(order, Position(done, step_log.rejected_total), model, optimizer, attempt)
+            pulse.at(batch.step, "compute")
+            if batch.step not in order.left_out:
+                step(batch)
+            if batch.step == start.step:  # what takes long once is behind: from here on, a silent rank is a lost one
+                dist.set_timeout(timedelta(seconds=config.cluster.collective_timeout_s))
+            verdict = saves.agree(done)
+            pulse.at(batch.step, "record")
+            if verdict or done % config.train.log_every == 0:
+                step_log.write(done, _learning_rate(order, batch.step))
+            if Verdict.SAVE in verdict and rank == 0:
+                position = Position(done, step_log.rejected_total, step_log.animated_total)
+                state = _state(order, position, model, optimizer, attempt)
+                step_log.stood_still(*saves.save(state, first=step_log.upload_of_now()))
+            if Verdict.STOP in verdict:
+                return
+            pulse.at(done, "data")
 
 
 def _batches(order: WorkerOrder, rank: int, world_size: int, *, first_step: int) -> Iterator[StepBatch]:
@@ -213,7 +236,7 @@ def _restore(order: WorkerOrder, model: SimCLR, optimizer: torch.optim.Optimizer
     chosen: list[Any] = [found.step if found else None]
     dist.broadcast_object_list(chosen, src=0)
     if chosen[0] is None:
-        return Position(0, 0)
+        return Position(0, 0, 0)
     state = found or ckpt.load(order.run.checkpoints, chosen[0])
     if state.facts.get("manifest") != order.manifest_fingerprint:
         raise DataError(
@@ -226,7 +249,12 @@ def _restore(order: WorkerOrder, model: SimCLR, optimizer: torch.optim.Optimizer
     ckpt.restore_optimizer(optimizer, state.optimizer)
     if rank == 0:
         _teller(order.desk)(f"continuing from the checkpoint of step {state.step}")
-    return Position(state.step, int(state.facts["rejected_total"]))
+    return _position(state)
+
+
+def _position(state: ckpt.Checkpoint) -> Position:
+    """Where a checkpoint stands; older ones know of no animated images."""
+    return Position(state.step, int(state.facts["rejected_total"]), int(state.facts.get("animated_total", 0)))
 
 
 def _next_attempt(desk: Any, rank: int) -> int:
@@ -236,18 +264,18 @@ def _next_attempt(desk: Any, rank: int) -> int:
     return int(number[0])
 
 
-def _save(
+def _state(
     order: WorkerOrder, position: Position, model: SimCLR, optimizer: torch.optim.Optimizer, attempt: int
-) -> None:
+) -> ckpt.Checkpoint:
+    """What a checkpoint of this moment holds; the tensors are the living ones."""
     facts = {
         "manifest": order.manifest_fingerprint,
         "samples_seen": position.step * order.config.train.global_batch,
         "rejected_total": position.rejected_total,
+        "animated_total": position.animated_total,
         "attempt": attempt,
     }
-    state = ckpt.Checkpoint(position.step, ckpt.model_tensors(model), ckpt.optimizer_tensors(optimizer), facts)
-    ckpt.save(order.run.checkpoints, state)
-    ckpt.prune(order.run.checkpoints, keep=order.config.train.keep_checkpoints)
+    return ckpt.Checkpoint(position.step, ckpt.model_tensors(model), ckpt.optimizer_tensors(optimizer), facts)
 
 
 def _teller(desk: Any) -> Callable[[str], None]:
@@ -255,7 +283,32 @@ def _teller(desk: Any) -> Callable[[str], None]:
 
 
 @contextlib.contextmanager
-def _reported(desk: Any) -> Iterator[None]:
+def _offenders_named(
+    batch: StepBatch, micro_batches: Sequence[Tensor], encode: Callable[[Tensor], Tensor], desk: Any
+) -> Iterator[None]:
+    """Say which images gave projections that are not finite; all ranks come here together, or none.
+
+    They are found by one more forward pass, under the weights that were not changed.
+    """
+    try:
+        yield
+    except NumericsError as error:
+        ends = np.cumsum(batch.micro_batches)[:-1]
+        mine: list[int] = []
+        with torch.no_grad():
+            for views, of_views in zip(micro_batches, np.split(batch.sample_ids, ends), strict=True):
+                finite = torch.isfinite(encode(views)).all(dim=1).view(2, -1).all(dim=0)
+                mine += of_views[~finite.cpu().numpy()].tolist()
+        found: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(found, mine)
+        ids = sorted(one for of_rank in found for one in of_rank)
+        if ids and dist.get_rank() == 0:
+            desk.reject.remote([{"sample_id": one, "reason": NON_FINITE, "step": batch.step} for one in ids])
+        raise NonFiniteStepError(batch.step, error, ids) from None
+
+
+@contextlib.contextmanager
+def _reported(desk: Any, pulse: Pulse) -> Iterator[None]:
     """Leave a user's error with the driver before it ends this rank: it would fail the same way at every restart.
 
     What all ranks found together ends them normally, so Ray does not even try again. Anything else must kill the
@@ -267,6 +320,14 @@ def _reported(desk: Any) -> Iterator[None]:
         ray.get(desk.fail.remote(error))
     except Exception as error:
         cause = root_cause(error)
-        if cause is not None and not isinstance(cause, (ClusterError, StorageError)):  # those may pass
+        passes = cause is None or isinstance(cause, (ClusterError, StorageError))
+        if cause is not None and (not passes or isinstance(cause, SavesFailedError)):
             ray.get(desk.fail.remote(cause))
+        elif passes:
+            ray.get(desk.stumble.remote(pulse.note(), _first_line(cause or error)))
         raise
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]

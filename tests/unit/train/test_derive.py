@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 
 from simclr_ray.configure import load_config
+from simclr_ray.data.decode import Limits
 from simclr_ray.data.manifest import Manifest, Shard
 from simclr_ray.errors import ClusterError, ConfigError
 from simclr_ray.train.cluster import local_cpus, resolve_views, resolve_workers
-from simclr_ray.train.derive import check_world_size, derive, policy_of, sentences, shares
+from simclr_ray.train.derive import check_world_size, derive, limits_of, policy_of, sentences, shares
 
 
 def manifest(rows: int) -> Manifest:
@@ -115,6 +118,17 @@ def test_the_gpu_does_the_colours_where_cpus_are_few(where: str, cpus: int, gpus
     assert why
 
 
+@pytest.mark.parametrize("gpus", [0, 2])
+def test_colours_are_left_to_workers_without_a_gpu_if_asked_and_the_words_say_what_that_means(gpus: int) -> None:
+    resources = {"CPU": 8.0, "GPU": float(gpus)}
+    config = load_config(None, ["cluster.use_gpu=false"]).cluster
+    where, why = resolve_views("gpu", config, resources, workers=1, use_gpu=False)
+    assert where == "gpu"
+    assert f"Ray offers {gpus}" in why
+    assert "on its own CPUs" in why
+    assert "views.where=cpu" in why
+
+
 def test_a_policy_is_the_preset_with_what_the_config_sets() -> None:
     policy = policy_of(load_config(None, ["views.preset=cifar", "views.crop_scale_min=0.3", "views.size=28"]).views)
     assert policy.crop_scale == (0.3, 1.0)
@@ -122,3 +136,29 @@ def test_a_policy_is_the_preset_with_what_the_config_sets() -> None:
     assert (broad.flavour, broad.solarize_probability, broad.mean) == ("paper", 0.2, None)
     assert policy_of(load_config(None, ["views.solarize_probability=0.5"]).views).solarize_probability == 0.5
     assert (policy.size, policy.blur_probability, policy.brightness) == (28, 0.0, 0.4)
+
+
+def test_every_limit_of_decoding_is_a_setting_with_the_same_default() -> None:
+    assert limits_of(load_config(None).data) == Limits()
+    changes = {
+        "max_pixels": 9000, "max_side": 300, "min_side": 8, "max_bytes": 7000, "background": (0, 127, 255),
+        "animated": "reject",
+    }  # fmt: skip
+    assert set(changes) == {field.name for field in fields(Limits)}
+    assert limits_of(load_config({"data": changes}).data) == Limits(**changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("data.background=[0, 0]", "data.background"),
+        ("data.background=[0, 0, 256]", "data.background.2: got 256, expected less than or equal to 255"),
+        ("data.background=[-1, 0, 0]", "data.background.0: got -1, expected greater than or equal to 0"),
+        ("data.max_side=1", "data.max_side: got 1, expected at least data.min_side, 2"),
+        ("data.max_bytes=0", "data.max_bytes: got 0, expected greater than or equal to 1"),
+    ],
+)
+def test_limits_that_cannot_work_are_refused(change: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [change])
+    assert words in str(caught.value)

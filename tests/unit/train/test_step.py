@@ -37,7 +37,6 @@ def step(
         micro_batches,
         encode=lambda views: model(images(views)),
         loss_of=functools.partial(distributed_nt_xent, temperature=0.5),
-        check_finite=True,
         **({"learning_rate": 1e-3, "clip_gradient_norm": None} | changes),  # type: ignore[arg-type]
     )
 

@@ -1,0 +1,115 @@
+"""What the driver does while workers train: it reads the desk, keeps the run folder's status, and passes wishes on.
+
+A stop that is asked for (Ctrl-C, or the SIGTERM of `ray job stop`) lets all ranks save and end at the next step; a
+second one ends at once. A node that is about to be taken away has rank 0 save before it goes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import ray
+
+from simclr_ray.errors import ConfigError
+from simclr_ray.observe.console import Console
+from simclr_ray.train.cluster import draining_nodes
+from simclr_ray.train.desk import News
+from simclr_ray.train.lock import RunLock
+from simclr_ray.train.run import RunFolder, read_quarantine, write_quarantine
+
+LOOK_FOR_DRAINS_S = 2.0
+
+
+class Keeper:
+    """Reads the desk: shows records, keeps the quarantine and the count of attempts in the run folder."""
+
+    def __init__(self, run: RunFolder, desk: Any, console: Console, lock: RunLock) -> None:
+        self._run, self._desk, self._console, self._lock = run, desk, console, lock
+        self._quarantine = {entry["sample_id"]: entry for entry in read_quarantine(run)}
+        self._drained: set[str] = set()
+        self._looked = 0.0
+        self.attempts = int((run.info() or {}).get("attempts", 0))
+        self.last: Mapping[str, float] = {}
+        self.stopping = False
+
+    def stop(self) -> None:
+        """Have all ranks save and end."""
+        self.stopping = True
+        self._console.say("stopping after a last checkpoint; once more to stop at once")
+        self._desk.ask_to_stop.remote()
+
+    def look(self) -> None:
+        """Take what came in, and pass on what must be known.
+
+        Raises:
+            ConfigError: another driver has taken the run folder.
+        """
+        if self._lock.lost:
+            raise ConfigError(
+                "another run has taken this folder over",
+                where=self._run.uri,
+                got=f"it is held by {self._lock.lost}",
+                fix="this one was silent for too long (paused, or cut off from the store); let the other go on",
+            )
+        news: News = ray.get(self._desk.collect.remote())
+        for sentence in news.sentences:
+            self._console.say(sentence)
+        for record in news.records:
+            self._console.progress(record)
+            self.last = record.values
+        if news.attempts != self.attempts:
+            self.attempts = news.attempts
+            self._run.update(attempts=news.attempts)
+        fresh = {entry["sample_id"]: entry for entry in news.rejected if entry["sample_id"] not in self._quarantine}
+        if fresh:
+            self._quarantine |= fresh
+            write_quarantine(self._run, list(self._quarantine.values()))
+        self._look_for_drains(news.nodes)
+
+    def _look_for_drains(self, nodes: frozenset[str]) -> None:
+        if time.monotonic() - self._looked < LOOK_FOR_DRAINS_S:
+            return
+        self._looked = time.monotonic()
+        going = (draining_nodes() & nodes) - self._drained
+        if going:
+            self._drained |= going
+            self._console.say(
+                f"{len(going)} node{'s are' if len(going) > 1 else ' is'} about to go; saving a checkpoint"
+            )
+            self._desk.ask_for_checkpoint.remote()
+
+
+@contextlib.contextmanager
+def graceful_stop(stop: Callable[[], None]) -> Iterator[None]:
+    """Call `stop` at the first SIGINT or SIGTERM; a second SIGINT raises KeyboardInterrupt, a second SIGTERM ends.
+
+    Does nothing outside the main thread, where Python allows no handlers.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked = False
+
+    def first(number: int, _: object) -> None:
+        nonlocal asked
+        if asked:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            os.kill(os.getpid(), number)
+        asked = True
+        stop()
+
+    before = {number: signal.signal(number, first) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
