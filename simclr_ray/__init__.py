@@ -1,8 +1,9 @@
 """SimCLR on Ray: self-supervised image encoders from a bucket of unlabeled images.
 
-The verbs of the command line are functions here, with the same names: `pretrain`, `evaluate`, `pack`, `fetch_data`,
-`preview`, and `load_encoder` for what a run learned. `nt_xent` is the loss alone and `two_views` the views alone, for
-any torch program. They are imported on first use, so that importing the package stays cheap and these two need no Ray.
+The verbs of the command line are functions here, with the same names: `pretrain`, `evaluate`, `pack`, `index`,
+`fetch_data`, `preview`, and `load_encoder` for what a run learned. `nt_xent` is the loss alone and `two_views` the
+views alone, for any torch program. They are imported on first use, so that importing the package stays cheap and these
+two need no Ray.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from simclr_ray.version import __version__
 
 if TYPE_CHECKING:
-    from simclr_ray.api import RunResult, evaluate, fetch_data, load_encoder, pack, pretrain, preview
+    from simclr_ray.api import RunResult, evaluate, fetch_data, index, load_encoder, pack, pretrain, preview
     from simclr_ray.configure import load_config
     from simclr_ray.learn.nt_xent import nt_xent
     from simclr_ray.views.library import two_views
@@ -24,6 +25,7 @@ _HOMES = {
     "load_encoder": "simclr_ray.api",
     "pack": "simclr_ray.api",
     "fetch_data": "simclr_ray.api",
+    "index": "simclr_ray.api",
     "RunResult": "simclr_ray.api",
     "load_config": "simclr_ray.configure",
     "nt_xent": "simclr_ray.learn.nt_xent",
@@ -36,6 +38,7 @@ __all__ = [
     "__version__",
     "evaluate",
     "fetch_data",
+    "index",
     "load_config",
     "load_encoder",
     "nt_xent",

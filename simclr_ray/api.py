@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from simclr_ray.config import ClusterConfig
 from simclr_ray.data.decode import Limits
+from simclr_ray.data.dedupe import Deduplicate
 from simclr_ray.data.fetch import fetch_data
-from simclr_ray.data.pack import Labels, PackReport
+from simclr_ray.data.index import IndexOptions, IndexReport
+from simclr_ray.data.index import index as _index
+from simclr_ray.data.pack import PackReport
 from simclr_ray.data.pack import pack as _pack
+from simclr_ray.data.shrink import Shrink
+from simclr_ray.data.sources import Labels, SourceKind
 from simclr_ray.evaluate.encode import load_encoder
 from simclr_ray.evaluate.evaluate import evaluate
 from simclr_ray.evaluate.preview import preview
 from simclr_ray.train.cluster import connected
 from simclr_ray.train.pretrain import RunResult, pretrain
 
-__all__ = ["RunResult", "evaluate", "fetch_data", "load_encoder", "pack", "pretrain", "preview"]
+__all__ = ["RunResult", "evaluate", "fetch_data", "index", "load_encoder", "pack", "pretrain", "preview"]
 
 
 def pack(
@@ -24,22 +29,34 @@ def pack(
     seed: int = 0,
     shard_bytes: int = 256 << 20,
     limits: Limits | None = None,
+    kind: SourceKind | None = None,
+    column: str | None = None,
+    label_column: str = "label",
+    encode: Shrink | None = None,
+    deduplicate: Deduplicate = "none",
+    distance: int = 4,
     address: str | None = None,
 ) -> PackReport:
-    """Pack loose images into shards and a manifest; see `simclr_ray.data.pack.pack`. Starts Ray where none runs.
+    """Pack images into shards and a manifest; see `simclr_ray.data.pack.pack`. Starts Ray where none runs.
 
     Args:
-        source: Folder or list of images.
-        destination: Empty or absent folder.
+        source: Folder of images, tars or Parquet files, a list of them, or a data set.
+        destination: Empty or absent folder, or one in which the same pack was begun.
         labels: Where labels come from.
         seed: Of the shuffle.
         shard_bytes: Wanted size of a shard.
         limits: What an image may be.
+        kind: Take only files of this kind.
+        column: Column of the images, or of a list's addresses.
+        label_column: Column of a Parquet file that holds its labels.
+        encode: Make images smaller.
+        deduplicate: Leave out images that are there already.
+        distance: Most bits in which the hashes of the same picture differ.
         address: Of a running Ray cluster; None uses RAY_ADDRESS or starts a local one.
 
     Raises:
         DataError: nothing to read, or no image among it.
-        ConfigError: the destination is not empty.
+        ConfigError: the destination is not empty, or the source is ambiguous.
     """
     return _pack(
         source,
@@ -48,5 +65,42 @@ def pack(
         seed=seed,
         shard_bytes=shard_bytes,
         limits=limits,
+        kind=kind,
+        column=column,
+        label_column=label_column,
+        encode=encode,
+        deduplicate=deduplicate,
+        distance=distance,
         ray_ready=lambda: connected(ClusterConfig(address=address)),
     )
+
+
+def index(
+    source: str,
+    destination: str,
+    *,
+    labels: Labels = "none",
+    seed: int = 0,
+    kind: SourceKind | None = None,
+    column: str | None = None,
+    label_column: str = "label",
+    address: str | None = None,
+) -> IndexReport:
+    """Write a manifest over images where they lie; see `simclr_ray.data.index.index`. Starts Ray where none runs.
+
+    Args:
+        source: Folder of images, tars or Parquet files, or a list of them.
+        destination: Empty or absent folder for the manifest, or one in which the same index was begun.
+        labels: Where labels come from.
+        seed: Of the order of loose images.
+        kind: Take only files of this kind.
+        column: Column of the images, or of a list's addresses.
+        label_column: Column of a Parquet file that holds its labels.
+        address: Of a running Ray cluster; None uses RAY_ADDRESS or starts a local one.
+
+    Raises:
+        DataError: nothing to read, none of it readable, or samples of a tar are not told apart by their keys.
+        ConfigError: the destination is not empty, or the source is ambiguous.
+    """
+    options = IndexOptions(kind, column, labels, label_column, seed)
+    return _index(source, destination, options, ray_ready=lambda: connected(ClusterConfig(address=address)))

@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from simclr_ray.configure import load_config, schema, to_yaml
-from simclr_ray.errors import SimclrError
+from simclr_ray.configure import load_config, schema, to_yaml, use_storage
+from simclr_ray.errors import ConfigError, SimclrError
 from simclr_ray.observe.console import Console, print_error
 from simclr_ray.version import __version__
 
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _pretrain(options: argparse.Namespace) -> None:
     from simclr_ray.train.pretrain import pretrain
 
-    result = pretrain(options.config, options.set)
+    result = pretrain(options.config, options.set, fresh=options.fresh)
     Console().say(f"encoder: {result.folder}")
 
 
@@ -47,7 +47,9 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _pack(options: argparse.Namespace) -> None:
     from simclr_ray.api import pack
+    from simclr_ray.data.shrink import Shrink
 
+    _reach_stores(options)
     console = Console()
     report = pack(
         options.source,
@@ -55,13 +57,59 @@ def _pack(options: argparse.Namespace) -> None:
         labels=options.labels,
         seed=options.seed,
         shard_bytes=options.shard_mib << 20,
+        kind=options.kind,
+        column=options.column,
+        label_column=options.label_column,
+        encode=Shrink(options.short_side, options.quality) if options.short_side is not None else None,
+        deduplicate=options.deduplicate,
+        distance=options.distance,
         address=options.address,
     )
     manifest = report.manifest
     console.say(f"packed {manifest.rows:,} images into {len(manifest.shards)} shards: {manifest.folder}")
-    if report.num_rejected:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in report.rejected.items())
-        console.say(f"left out {report.num_rejected}: {reasons}; listed in {manifest.folder}/rejected.parquet")
+    if report.encoded_anew:
+        console.say(f"encoded {report.encoded_anew:,} anew")
+    if report.duplicates:
+        console.say(f"left out {report.duplicates:,} duplicates; listed in {manifest.folder}/duplicates.parquet")
+    _say_rejected(console, report.rejected, manifest.folder)
+
+
+def _index(options: argparse.Namespace) -> None:
+    from simclr_ray.api import index
+
+    _reach_stores(options)
+    console = Console()
+    report = index(
+        options.source,
+        options.destination,
+        labels=options.labels,
+        seed=options.seed,
+        kind=options.kind,
+        column=options.column,
+        label_column=options.label_column,
+        address=options.address,
+    )
+    manifest = report.manifest
+    console.say(f"indexed {manifest.rows:,} images in {len(manifest.shards)} shards: {manifest.folder}")
+    for name, words in (("empty", "empty shards"), ("without_image", "samples without an image"),
+                        ("too_large", "samples with too large an image")):  # fmt: skip
+        if report.counts.get(name):
+            console.say(f"skipped {report.counts[name]:,} {words}")
+    _say_rejected(console, report.rejected, manifest.folder)
+
+
+def _say_rejected(console: Console, rejected: Mapping[str, int], folder: str) -> None:
+    if rejected:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in rejected.items())
+        console.say(f"left out {sum(rejected.values())}: {reasons}; listed in {folder}/rejected.parquet")
+
+
+def _reach_stores(options: argparse.Namespace) -> None:
+    """Apply storage settings for verbs that take no configuration file."""
+    wrong = [text for text in options.set if not text.strip().startswith("storage.")]
+    if wrong:
+        raise ConfigError("only storage.* can be set here", got=", ".join(wrong))
+    use_storage(load_config(None, options.set))
 
 
 def _preview(options: argparse.Namespace) -> None:
@@ -76,6 +124,7 @@ def _preview(options: argparse.Namespace) -> None:
 def _fetch_data(options: argparse.Namespace) -> None:
     from simclr_ray.data.fetch import fetch_data
 
+    _reach_stores(options)
     for manifest in fetch_data(
         options.name, options.destination, source=options.source, train=options.train, test=options.test
     ):
@@ -88,6 +137,7 @@ def _config(options: argparse.Namespace) -> None:
         console.block(json.dumps(schema(), indent=1))
         return
     config = load_config(options.config, options.set)
+    use_storage(config)
     console.block(to_yaml(config.model_dump(mode="json")).rstrip())
     if config.data.train:
         from simclr_ray.data.manifest import read_manifest
@@ -107,19 +157,26 @@ def _parser() -> argparse.ArgumentParser:
     verb = _verb(verbs, "pretrain", _pretrain, "train an encoder, or continue a run")
     verb.add_argument("config", help="YAML file")
     _overrides(verb, "train.global_batch=512")
+    verb.add_argument("--fresh", action="store_true", help="remove what an earlier run left in run.folder, start again")
 
     verb = _verb(verbs, "evaluate", _evaluate, "measure what a run learned: kNN, linear probe, RankMe, pictures")
     verb.add_argument("run", help="run folder, local or s3://")
     _overrides(verb, "evaluate.knn_k=200")
     verb.add_argument("--no-pictures", action="store_true", help="only numbers")
 
-    verb = _verb(verbs, "pack", _pack, "pack loose images into shards and a manifest")
-    verb.add_argument("source", help="folder of images, or a .txt/.csv list of them")
-    verb.add_argument("destination", help="empty or absent folder")
-    verb.add_argument("--labels", choices=("none", "folder", "list"), default="none", help="where labels come from")
-    verb.add_argument("--seed", type=int, default=0, help="of the shuffle (default: %(default)s)")
+    verb = _verb(verbs, "pack", _pack, "pack images of any source into shards and a manifest")
+    _source(verb)
     verb.add_argument("--shard-mib", type=int, default=256, help="wanted size of a shard (default: %(default)s)")
-    verb.add_argument("--address", help="of a running Ray cluster")
+    verb.add_argument("--short-side", type=int, help="encode images anew as JPEG with at most so many pixels there")
+    verb.add_argument("--quality", type=int, default=90, help="of those JPEGs (default: %(default)s)")
+    verb.add_argument(
+        "--deduplicate", choices=("none", "exact", "near"), default="none",
+        help="leave out images of equal bytes, or also those that show the same picture",
+    )  # fmt: skip
+    verb.add_argument("--distance", type=int, default=4, help="bits of 64 in which the same picture may differ")
+
+    verb = _verb(verbs, "index", _index, "write a manifest over tars, Parquet files or images where they lie")
+    _source(verb)
 
     verb = _verb(verbs, "preview", _preview, "draw images beside their two views, and print what was drawn for them")
     verb.add_argument("config", help="YAML file")
@@ -133,6 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--source", help="folder of the package's files")
     verb.add_argument("--train", type=int, help="keep so many training images")
     verb.add_argument("--test", type=int, help="keep so many test images")
+    _overrides(verb, "storage.endpoint=http://127.0.0.1:9000")
 
     verb = _verb(verbs, "config", _config, "print a config with its derived numbers, or the schema")
     verb.add_argument("config", nargs="?", help="YAML file")
@@ -145,6 +203,23 @@ def _verb(verbs, name: str, call, text: str) -> argparse.ArgumentParser:  # type
     parser: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text)
     parser.set_defaults(call=call)
     return parser
+
+
+def _source(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("source", help="folder of images, tars or Parquet files, or a .txt, .csv or .parquet list")
+    verb.add_argument("destination", help="empty or absent folder, or one in which the same work was begun")
+    verb.add_argument(
+        "--kind", choices=("objects", "tar", "parquet", "data_set"), help="take only these (default: found by looking)"
+    )
+    verb.add_argument("--column", help="of the images, such as image.bytes, or of a list's addresses")
+    verb.add_argument(
+        "--labels", choices=("none", "folder", "list", "stored"), default="none",
+        help="where labels come from: an image's folder, the list, or the tar's .cls or Parquet's column",
+    )  # fmt: skip
+    verb.add_argument("--label-column", default="label", help="of a Parquet file (default: %(default)s)")
+    verb.add_argument("--seed", type=int, default=0, help="of the shuffle (default: %(default)s)")
+    verb.add_argument("--address", help="of a running Ray cluster")
+    _overrides(verb, "storage.endpoint=http://127.0.0.1:9000")
 
 
 def _overrides(parser: argparse.ArgumentParser, example: str) -> None:

@@ -1,46 +1,50 @@
-"""Pack loose images into canonical shards and a manifest, as a Ray Data job.
+"""Pack images into canonical shards and a manifest, by Ray tasks that write one shard each.
 
-The images are listed once, shuffled once by seed (so that a training run only has to permute units), read and
-checked by Ray tasks, one shard a task, and the manifest is written last. Files that do not decode are left out,
-counted, and listed in `rejected.parquet` beside the manifest.
+The source is indexed first (`data/index.py`): whatever it is, it becomes rows in a known order. Runs of rows are
+permuted by seed and dealt to output shards (`data/pack_order.py`), so that a training run only has to permute units.
+A task reads its rows, checks that they decode, writes its shard, and then a note that it is done; a pack that was
+killed goes on with the shards that have no note, and ends with the same bytes as one that was not. The manifest is
+written last, and what only the work needed is removed.
+
+Images that do not decode, shards that cannot be read and, if wanted, duplicates are left out, counted, and listed in
+`rejected.parquet` and `duplicates.parquet`; no other row is.
 """
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import io
+import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from simclr_ray import storage
+from simclr_ray.data import dedupe, tasks
 from simclr_ray.data.decode import Limits, Rejected, decode
-from simclr_ray.data.manifest import UNIT_ROWS, Manifest, Shard, write_manifest
-from simclr_ray.data.shards import ImageRow, refuse_non_empty, shuffled, write_shard
-from simclr_ray.errors import DataError, root_cause
+from simclr_ray.data.duplicates import LARGEST_DISTANCE, NO_DUPLICATES
+from simclr_ray.data.index import REJECTED_SCHEMA, IndexOptions, build, survey
+from simclr_ray.data.inputs import Columns, Row, columns_of, read_inputs
+from simclr_ray.data.manifest import MANIFEST_NAME, UNIT_ROWS, Manifest, Shard, read_manifest, write_manifest
+from simclr_ray.data.pack_order import PackOrder
+from simclr_ray.data.plan import PACK_DOMAIN, permutation
+from simclr_ray.data.read import RowRange, resolve
+from simclr_ray.data.shards import ImageRow, write_shard
+from simclr_ray.data.shrink import Shrink, Stored, shrink
+from simclr_ray.data.sources import Labels, SourceKind
+from simclr_ray.data.work import HASHES, INDEX, PARTS, REJECTED_NAME, claim, finish
+from simclr_ray.errors import ConfigError, DataError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-REJECTED_NAME = "rejected.parquet"
-READ_THREADS = 16
-QUOTE = '"'
-
-Labels = Literal["none", "folder", "list"]
-
-
-@dataclass(frozen=True)
-class Listed:
-    """One image to pack."""
-
-    uri: str
-    bytes: int
-    label: str | None
+_READERS = 32
+_IMAGE_BYTES = 100_000
+"""Guess at an image whose size no one knows, as in a list."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +53,29 @@ class PackReport:
 
     manifest: Manifest
     rejected: Mapping[str, int]
-    """Reason -> number of files."""
+    """Reason -> images left out, and shards left out or used in part."""
+    duplicates: int = 0
+    """Images left out because they are there already."""
+    encoded_anew: int = 0
+    """Images that were made smaller or encoded anew."""
 
     @property
     def num_rejected(self) -> int:
-        """Files left out."""
+        """Images and shards left out, duplicates not among them."""
         return sum(self.rejected.values())
+
+
+@dataclass(frozen=True)
+class _Rewrite:
+    """What a task does with its rows, the same for all."""
+
+    folder: str
+    unit_rows: int
+    limits: Limits
+    shrink: Shrink | None
+    columns: Columns
+    seed: int | None
+    """Of the order inside a shard; None keeps that of the rows."""
 
 
 def pack(
@@ -66,172 +87,195 @@ def pack(
     shard_bytes: int = 256 << 20,
     unit_rows: int = UNIT_ROWS,
     limits: Limits | None = None,
+    kind: SourceKind | None = None,
+    column: str | None = None,
+    label_column: str = "label",
+    encode: Shrink | None = None,
+    deduplicate: dedupe.Deduplicate = "none",
+    distance: int = 4,
     ray_ready: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> PackReport:
     """Pack the images of `source` into `destination`.
 
     Args:
-        source: Folder of images (local or object store, searched recursively), or a .txt/.csv file with one URI a
-            line and, for `labels="list"`, the label after a comma.
-        destination: Empty or absent folder for the data set.
-        labels: Where labels come from: nowhere, the name of an image's folder, or the list's second column.
+        source: Folder (local or object store, searched recursively) of images, tars or Parquet files; a packed or
+            indexed data set; one tar or Parquet file; or a list, as .txt or .csv with one URI a line and, for
+            `labels="list"`, the label after a comma, or as .parquet with a column `uri`, `url` or `path`.
+        destination: Empty or absent folder for the data set, or one in which the same pack was begun.
+        labels: Where labels come from: nowhere, the name of an image's folder, the list, or the source's own shards.
+            Those of a data set are kept.
         seed: Address of the shuffle.
         shard_bytes: Wanted size of a shard.
         unit_rows: Rows of a unit.
         limits: What an image may be.
+        kind: Take only files of this kind; None finds out what the source is.
+        column: Column of the images, or of a list's addresses, where it cannot be told.
+        label_column: Column of a Parquet file that holds its labels.
+        encode: Make images smaller; None keeps their bytes.
+        deduplicate: Leave out images whose bytes are equal (`exact`), or also those that show the same picture
+            (`near`).
+        distance: Most bits in which the hashes of the same picture differ.
         ray_ready: Makes a context in which Ray is connected; entered once source and destination are found good.
 
     Raises:
         DataError: nothing to read, or no image among it.
-        ConfigError: the destination is not empty.
+        ConfigError: the destination is not empty, another pack was begun there, or the source is ambiguous.
     """
     source, destination = storage.normalise(source), storage.normalise(destination)
-    listed = list_images(source, labels)
-    refuse_non_empty(destination)
-    classes = tuple(sorted({image.label for image in listed if image.label is not None}))
-    numbers = {name: number for number, name in enumerate(classes)}
-    order = shuffled(len(listed), seed)
-    rows_each = _rows_per_shard(listed, shard_bytes, unit_rows)
-    specs = [
-        {
-            "index": index,
-            "folder": destination,
-            "unit_rows": unit_rows,
-            "uris": [listed[i].uri for i in order[start : start + rows_each]],
-            "labels": [numbers.get(listed[i].label or "", -1) for i in order[start : start + rows_each]],
-        }
-        for index, start in enumerate(range(0, len(listed), rows_each))
-    ]
+    if source == destination:
+        raise ConfigError("source and destination are the same folder", where=source)
+    if not 0 <= distance <= LARGEST_DISTANCE:
+        raise ConfigError("the distance of duplicates", got=distance, expected=f"0 to {LARGEST_DISTANCE} bits")
+    options = IndexOptions(kind, column, labels, label_column, seed, unit_rows)
+    limits = limits or Limits()
+    settings = {"verb": "pack", "source": source, "shard_bytes": shard_bytes, "deduplicate": deduplicate}
+    settings |= {"distance": distance, "limits": asdict(limits), "encode": asdict(encode) if encode else None}
+    claimed = claim(destination, settings | asdict(options))
+    if claimed.begun and storage.exists(storage.join(destination, MANIFEST_NAME)):
+        finish(destination)  # killed after its last write
+        return _report(read_manifest(destination))
+    folder = storage.join(destination, INDEX)
+    found = survey(source, folder, options, claimed)
     with ray_ready():
-        results = sorted(_run(specs, limits or Limits()), key=lambda result: result["index"])
-    shards = tuple(Shard(**{**result["shard"], "rows_per_group": tuple(result["shard"]["rows_per_group"])})
-                   for result in results if result["shard"]["rows_per_group"])  # fmt: skip
-    rejected = [entry for result in results for entry in result["rejected"]]
-    if not shards:
-        raise DataError(f"none of {len(listed)} files is an image", where=source, got=_reasons(rejected))
-    if rejected:
-        _write_rejected(destination, rejected)
-    made_from = {"source": source, "seed": seed, "files": len(listed), "rejected": len(rejected)}
-    manifest = Manifest(destination, shards, unit_rows=unit_rows, classes=classes, source=made_from)
-    write_manifest(manifest)
-    return PackReport(manifest, Counter(entry["reason"] for entry in rejected))
+        indexed = build(found, source, folder, options)
+        own = indexed.folder != folder  # a data set, whose labels are known
+        columns = columns_of(indexed, label_column if own or labels != "none" else None)
+        rows_each = _rows_per_shard(indexed, shard_bytes, unit_rows, encode)
+        hashes, duplicates = storage.join(destination, HASHES), NO_DUPLICATES
+        if deduplicate != "none":
+            duplicates = dedupe.duplicates_of(
+                indexed, columns, hashes, how=deduplicate, distance=distance, limits=limits, rows_per_task=rows_each
+            )
+        # Lists of loose images are in an order by seed already.
+        shuffle = None if not own and "seed" in indexed.source else seed
+        order = PackOrder(indexed, rows_each, seed=shuffle)
+        parts = _written(
+            indexed, order, duplicates.dropped, _Rewrite(destination, unit_rows, limits, encode, columns, shuffle)
+        )
+    if deduplicate != "none":
+        dedupe.write_report(duplicates, hashes, destination, rows_each)
+    about = {"source": source, "seed": seed, "files": indexed.rows, "duplicates": len(duplicates.dropped)}
+    return _committed(destination, indexed, parts, unit_rows, about)
 
 
-def list_images(source: str, labels: Labels) -> list[Listed]:
-    """Every image of a folder or list file, sorted by URI.
-
-    Raises:
-        DataError: when the source is absent, unreadable or has no image.
-    """
-    if source.endswith((".txt", ".csv")):
-        found = _from_list(source, labels)
-    else:
-        if not storage.exists(source):
-            raise DataError("no such folder", where=source, fix="give a folder of images, or a .txt/.csv list")
-        found = [
-            Listed(uri, size, _folder_name(uri) if labels == "folder" else None)
-            for uri, size in storage.list_files(source)
-            if uri.lower().endswith(SUFFIXES)
-        ]
-    if not found:
-        raise DataError("no images found", where=source, expected=f"files ending in {', '.join(SUFFIXES)}")
-    return found
-
-
-def _from_list(source: str, labels: Labels) -> list[Listed]:
-    try:
-        text = storage.read_bytes(source).decode("utf-8-sig")  # spreadsheets begin their exports with a mark
-    except FileNotFoundError:
-        raise DataError("no such list", where=source) from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"the list is not UTF-8 text: {error}", where=source) from None
-    if source.endswith(".txt") and labels != "list":
-        text = "\n".join(f'"{line.replace(QUOTE, 2 * QUOTE)}"' for line in text.splitlines() if line.strip())
-    reader = csv.reader(io.StringIO(text))
-    lines = []
-    try:
-        for line in reader:
-            if not line or not line[0].strip():
-                continue
-            if labels == "list" and len(line) < 2:
-                raise DataError("line has no label", where=f"{source}:{reader.line_num}", expected="URI,label")
-            lines.append(line)
-    except csv.Error as error:
-        raise DataError(f"not a list of images: {error}", where=f"{source}:{reader.line_num}") from None
-    folder = source.rpartition("/")[0]
-    return sorted(
-        (Listed(storage.join(folder, line[0].strip()), 0, _label(line, labels)) for line in lines), key=_by_uri
-    )
-
-
-def _label(line: Sequence[str], labels: Labels) -> str | None:
-    if labels == "list":
-        return line[1].strip()
-    return _folder_name(line[0]) if labels == "folder" else None
-
-
-def _folder_name(uri: str) -> str | None:
-    """Name of the folder that holds a file."""
-    parts = uri.split("/")
-    return parts[-2] if len(parts) > 1 else None
-
-
-def _by_uri(image: Listed) -> str:
-    return image.uri
-
-
-def _rows_per_shard(listed: Sequence[Listed], shard_bytes: int, unit_rows: int) -> int:
-    """Whole units a shard; a list without sizes is taken at 100 KB an image."""
-    total = sum(image.bytes for image in listed)
-    mean = max(1, total // len(listed)) if total else 100_000
+def _rows_per_shard(indexed: Manifest, shard_bytes: int, unit_rows: int, encode: Shrink | None) -> int:
+    """Whole units a shard, by the mean size of an image; 100 KB where that is not known."""
+    listed = len(indexed.table) > 0 and indexed.table.text("kind", 0) == "objects"
+    total = int(indexed.source.get("bytes", 0)) if listed else int(indexed.table.bytes.sum())
+    mean = max(1, total // max(1, indexed.rows)) if total else _IMAGE_BYTES
+    if encode is not None:  # a JPEG of quality 90 has about a quarter of a byte a pixel, and 4:3 is usual
+        mean = max(1, min(mean, encode.short_side**2 // 3))
     return max(1, shard_bytes // (mean * unit_rows)) * unit_rows
 
 
-def _run(specs: Sequence[Mapping[str, Any]], limits: Limits) -> list[dict[str, Any]]:
-    import ray.data
+def _written(indexed: Manifest, order: PackOrder, dropped: np.ndarray, rewrite: _Rewrite) -> list[dict[str, Any]]:
+    """Notes of all output shards, after writing those that have none yet."""
+    notes = storage.join(rewrite.folder, PARTS)
+    done = set(storage.list_names(notes))
 
-    frame = ray.data.from_items([dict(spec) for spec in specs], override_num_blocks=len(specs))
-    try:
-        rows = frame.map(_pack_one, fn_kwargs={"limits": limits}).take_all()
-    except Exception as error:
-        cause = root_cause(error)
-        if cause is None:
-            raise
-        raise cause from error
-    return [dict(row) for row in rows]
+    def calls() -> Iterator[tuple[int, list[RowRange], list[int]]]:
+        for number in range(len(order)):
+            if _note_name(number) not in done:
+                ranges = [resolve(indexed, piece) for piece in order.pieces(number)]
+                yield number, ranges, _among(dropped, ranges)
+
+    parts = list(tasks.run(pack_one, calls(), common=(rewrite,)))
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="parts") as pool:
+        read = pool.map(lambda name: json.loads(storage.read_bytes(storage.join(notes, name))), sorted(done))
+        return sorted([*parts, *read], key=lambda part: int(part["index"]))
 
 
-def _pack_one(spec: dict[str, Any], limits: Limits) -> dict[str, Any]:
-    """One task: read, check and write one shard."""
+def _note_name(number: int) -> str:
+    return f"shard-{number:05d}.json"
+
+
+def _among(dropped: np.ndarray, ranges: Sequence[RowRange]) -> list[int]:
+    """Which of the dropped ids, given in rising order, are in the ranges."""
+    out: list[int] = []
+    for one in ranges:
+        first, last = np.searchsorted(dropped, [one.first_sample_id, one.first_sample_id + one.rows])
+        out += dropped[first:last].tolist()
+    return out
+
+
+def pack_one(number: int, ranges: Sequence[RowRange], dropped: Sequence[int], rewrite: _Rewrite) -> dict[str, Any]:
+    """One task: read, check and write one shard, then note that it is done."""
     kept: list[ImageRow] = []
     rejected: list[dict[str, str]] = []
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        for uri, label, data in zip(spec["uris"], spec["labels"], pool.map(_read, spec["uris"]), strict=True):
-            verdict = decode(data, limits)
-            if isinstance(verdict, Rejected):
-                rejected.append({"uri": uri, "reason": verdict.reason, "detail": verdict.detail})
-            else:
-                assert data is not None
-                kept.append(ImageRow(data, None if label < 0 else int(label), uri))
-    shard = Shard("", "parquet", "", 0, ())
-    if kept:
-        shard = write_shard(spec["folder"], int(spec["index"]), kept, int(spec["unit_rows"]))
-    return {"index": int(spec["index"]), "shard": asdict(shard), "rejected": rejected}
+    away, encoded_anew = set(dropped), 0
+    for row in read_inputs(ranges, rewrite.columns):
+        if row.sample_id in away:
+            continue
+        stored = _checked(row, rewrite)
+        if isinstance(stored, Stored):
+            kept.append(ImageRow(stored.data, row.label, row.uri))
+            encoded_anew += stored.encoded_anew
+        else:
+            rejected.append(stored)
+    if rewrite.seed is not None:
+        order = permutation(len(kept), seed=rewrite.seed, epoch=0, unit=number + 1, domain=PACK_DOMAIN)
+        kept = [kept[i] for i in order]
+    shard = asdict(write_shard(rewrite.folder, number, kept, rewrite.unit_rows)) if kept else None
+    largest = max((row.label for row in kept if row.label is not None), default=-1)
+    note = {"index": number, "shard": shard, "rejected": rejected, "encoded_anew": encoded_anew, "largest": largest}
+    storage.write_bytes(storage.join(rewrite.folder, PARTS, _note_name(number)), json.dumps(note).encode())
+    return note
 
 
-def _read(uri: str) -> bytes | None:
-    """The bytes; None when the file is gone since it was listed."""
+def _checked(row: Row, rewrite: _Rewrite) -> Stored | dict[str, str]:
+    """An image as it is stored, or the entry of `rejected.parquet`."""
+    if row.lost:
+        return {"uri": row.uri, "reason": row.lost, "detail": "could not be read"}
+    if rewrite.shrink is not None:
+        made = shrink(row.image, rewrite.limits, rewrite.shrink)
+    else:
+        verdict = decode(row.image, rewrite.limits)
+        made = verdict if isinstance(verdict, Rejected) else Stored(row.image or b"", encoded_anew=False)
+    if isinstance(made, Rejected):
+        return {"uri": row.uri, "reason": made.reason, "detail": made.detail}
+    return made
+
+
+def _committed(
+    destination: str, indexed: Manifest, parts: Sequence[Mapping[str, Any]], unit_rows: int, about: dict[str, Any]
+) -> PackReport:
+    """Write what was left out, then the manifest, and remove what the work needed.
+
+    Raises:
+        DataError: nothing is left.
+    """
+    shards = tuple(Shard(**part["shard"]) for part in parts if part["shard"])
+    rejected = Counter(entry["reason"] for part in parts for entry in part["rejected"])
+    if not shards:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in rejected.most_common())
+        raise DataError(f"none of {indexed.rows:,} files is an image", where=str(about["source"]), got=reasons)
+    rejected += _write_rejected(destination, parts)
+    largest = max(int(part["largest"]) for part in parts)
+    classes = indexed.classes or tuple(str(number) for number in range(largest + 1))
+    about |= {"rejected": dict(rejected), "encoded_anew": sum(int(part["encoded_anew"]) for part in parts)}
+    about |= {name: indexed.source[name] for name in ("licence",) if name in indexed.source}
+    write_manifest(Manifest(destination, shards, unit_rows=unit_rows, classes=classes, source=about))
+    finish(destination)
+    return _report(read_manifest(destination))
+
+
+def _report(manifest: Manifest) -> PackReport:
+    about = manifest.source
+    return PackReport(manifest, about["rejected"], int(about["duplicates"]), int(about["encoded_anew"]))
+
+
+def _write_rejected(destination: str, parts: Sequence[Mapping[str, Any]]) -> Counter[str]:
+    """Write `rejected.parquet`, of shards and of images, if there is any; the reasons of the shards."""
     try:
-        return storage.read_bytes(uri)
+        data = storage.read_bytes(storage.join(destination, INDEX, REJECTED_NAME))
+        shards = pq.read_table(io.BytesIO(data))
     except FileNotFoundError:
-        return None
-
-
-def _reasons(rejected: Sequence[Mapping[str, str]]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in Counter(e["reason"] for e in rejected).most_common())
-
-
-def _write_rejected(folder: str, rejected: Sequence[Mapping[str, str]]) -> None:
+        shards = REJECTED_SCHEMA.empty_table()
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist([dict(entry) for entry in rejected]), buffer)
-    storage.write_bytes(storage.join(folder, REJECTED_NAME), buffer.getvalue())
+    with pq.ParquetWriter(buffer, REJECTED_SCHEMA) as writer:
+        writer.write_table(shards)
+        for part in parts:
+            writer.write_table(pa.Table.from_pylist(part["rejected"], schema=REJECTED_SCHEMA))
+    if len(shards) or any(part["rejected"] for part in parts):
+        storage.write_bytes(storage.join(destination, REJECTED_NAME), buffer.getvalue())
+    return Counter(shards["reason"].to_pylist())

@@ -18,10 +18,14 @@ import numpy as np
 
 from simclr_ray.data.manifest import Manifest
 from simclr_ray.errors import ConfigError
-from simclr_ray.philox import key_of, philox4x32
+from simclr_ray.philox import UInt32Array, key_of, philox4x32
 
 #: Last counter word of the plan's random numbers. Views use small numbers there, so no address is used twice.
 UNIT_DOMAIN, ROW_DOMAIN, PACK_DOMAIN = 0x8000_0001, 0x8000_0002, 0x8000_0003
+#: Units tried in place of one that cannot be read. More in a row are no accident, but a data set that is gone.
+STAND_INS = 8
+_NUMBERED, _SORTED = 1 << 17, 1 << 19
+"""Items of a permutation that get their random numbers, or are sorted, together: bounds temporaries, not the result."""
 
 
 @dataclass(frozen=True)
@@ -44,60 +48,64 @@ class PlannedUnit:
     """Position j in the endless plan."""
     epoch: int
     pieces: tuple[Piece, ...]
-    order: np.ndarray
-    """Permutation of the unit's rows, int64 (R,)."""
+    number: int
+    """Of the unit in its table."""
+    rows: int
+    seed: int
+
+    @property
+    def order(self) -> UInt32Array:
+        """Permutation of the unit's rows, uint32 (R,)."""
+        return row_order(self.rows, seed=self.seed, epoch=self.epoch, unit=self.number)
 
 
 class UnitTable:
-    """The units of a manifest, without order: full pieces of R rows, then remainders packed into shared units."""
+    """The units of a manifest, without order: full pieces of R rows, then remainders packed into shared units.
+
+    Only two sums a shard are kept; a unit is found by bisection among them, and then among its shard's groups.
+    """
 
     def __init__(self, manifest: Manifest) -> None:
-        """Cut every row group into units. Memory: 12 bytes a unit."""
+        """Count the units of every shard."""
         self.unit_rows = manifest.unit_rows
-        self._first_ids = manifest.first_sample_ids()
-        self._rows_per_group = [np.asarray(shard.rows_per_group, dtype=np.int64) for shard in manifest.shards]
-        counts = [len(groups) for groups in self._rows_per_group]
-        rows = np.concatenate([*self._rows_per_group, np.zeros(0, np.int64)])
-        shard = np.repeat(np.arange(len(counts)), counts)
-        group = np.concatenate([*(np.arange(count) for count in counts), np.zeros(0, np.int64)])
-
-        full = rows // self.unit_rows
-        which = np.repeat(np.arange(len(rows)), full)
-        nth = np.arange(len(which)) - np.repeat(np.cumsum(full) - full, full)
-        self._shard = shard[which].astype(np.int32)
-        self._group = group[which].astype(np.int32)
-        self._start = (nth * self.unit_rows).astype(np.int32)
-
-        left = np.flatnonzero(rows % self.unit_rows)
-        self._left_shard, self._left_group = shard[left], group[left]
-        self._left_start = (rows - rows % self.unit_rows)[left]
-        self._left_ends = np.cumsum(rows[left] % self.unit_rows)
-        total_left = int(self._left_ends[-1]) if len(left) else 0
-        shared, self.rows_left_out = divmod(total_left, self.unit_rows)
-        self._num_full = len(self._shard)
+        self._shards = manifest.table
+        self._full_ends = np.cumsum(self._shards.sums_by_shard(lambda rows: rows // self.unit_rows))
+        self._left_ends = np.cumsum(self._shards.sums_by_shard(lambda rows: rows % self.unit_rows))
+        self._num_full = int(self._full_ends[-1]) if len(self._shards) else 0
+        left = int(self._left_ends[-1]) if len(self._shards) else 0
+        shared, self.rows_left_out = divmod(left, self.unit_rows)
         self.num_units = self._num_full + shared
 
     def pieces(self, unit: int) -> tuple[Piece, ...]:
         """Where the rows of a unit (0 <= unit < num_units) are; one piece for all but the shared units."""
         assert 0 <= unit < self.num_units, unit
         if unit < self._num_full:
-            return (self._piece(self._shard[unit], self._group[unit], self._start[unit], self.unit_rows),)
+            shard, nth = _bisect(self._full_ends, unit)
+            group, nth = _bisect(np.cumsum(self._shards.groups_of(shard) // self.unit_rows), nth)
+            return (self._piece(shard, group, nth * self.unit_rows, self.unit_rows),)
         first = (unit - self._num_full) * self.unit_rows
         return tuple(self._shared_pieces(first, first + self.unit_rows))
 
     def _shared_pieces(self, first: int, last: int) -> Iterator[Piece]:
-        index = int(np.searchsorted(self._left_ends, first, side="right"))
+        """Rows [first, last) of the remainders of all groups, laid end to end."""
         while first < last:
-            begin = int(self._left_ends[index - 1]) if index else 0
-            stop = min(last, int(self._left_ends[index]))
-            start = int(self._left_start[index]) + first - begin
-            yield self._piece(self._left_shard[index], self._left_group[index], start, stop - first)
-            first, index = stop, index + 1
+            shard, nth = _bisect(self._left_ends, first)
+            groups = self._shards.groups_of(shard)
+            left = groups % self.unit_rows
+            group, nth = _bisect(np.cumsum(left), nth)
+            rows = min(last - first, int(left[group]) - nth)
+            yield self._piece(shard, group, int(groups[group] - left[group]) + nth, rows)
+            first += rows
 
     def _piece(self, shard: int, group: int, start: int, rows: int) -> Piece:
-        before = int(self._rows_per_group[shard][:group].sum()) + int(start)
-        first_id = int(self._first_ids[shard]) + before
-        return Piece(int(shard), int(group), int(start), int(start) + int(rows), first_id)
+        before = int(self._shards.groups_of(shard)[:group].sum(dtype=np.int64)) + start
+        return Piece(shard, group, start, start + rows, int(self._shards.first_rows[shard]) + before)
+
+
+def _bisect(ends: np.ndarray, number: int) -> tuple[int, int]:
+    """Which of the consecutive runs with these ends item `number` falls into, and its place there."""
+    index = int(np.searchsorted(ends, number, side="right"))
+    return index, number - (int(ends[index - 1]) if index else 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,40 +118,81 @@ class Plan:
     def unit(self, index: int) -> PlannedUnit:
         """Unit j of the endless plan."""
         epoch, position = divmod(index, self.units.num_units)
-        unit = int(self._epoch_order(epoch)[position])
-        order = permutation(self.units.unit_rows, seed=self.seed, epoch=epoch, unit=unit, domain=ROW_DOMAIN)
-        return PlannedUnit(index, epoch, self.units.pieces(unit), order)
+        number = int(_unit_order(self.units.num_units, self.seed, epoch)[position])
+        return PlannedUnit(index, epoch, self.units.pieces(number), number, self.units.unit_rows, self.seed)
 
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        return _unit_order(self.units.num_units, self.seed, epoch)
+
+def stand_ins(index: int, num_units: int) -> list[int]:
+    """The units of the plan that stand in for unit `index` where it cannot be read, the first readable one wins.
+
+    They are the next ones of its epoch, around its end. A function of the plan alone: whichever rank or task meets
+    the unit, and however many there are, the same one takes its place.
+    """
+    first = index - index % num_units
+    return [first + (index + distance) % num_units for distance in range(1, min(STAND_INS, num_units - 1) + 1)]
+
+
+def row_order(rows: int, *, seed: int, epoch: int, unit: int) -> UInt32Array:
+    """Permutation of the rows of a unit in an epoch, uint32 (R,)."""
+    return permutation(rows, seed=seed, epoch=epoch, unit=unit, domain=ROW_DOMAIN)
 
 
 @lru_cache(maxsize=2)
-def _unit_order(num_units: int, seed: int, epoch: int) -> np.ndarray:
+def _unit_order(num_units: int, seed: int, epoch: int) -> UInt32Array:
     """Cached, because a run of consecutive units asks for the same one or two epochs again and again."""
     return permutation(num_units, seed=seed, epoch=epoch, unit=0, domain=UNIT_DOMAIN)
 
 
-def permutation(n: int, *, seed: int, epoch: int, unit: int, domain: int) -> np.ndarray:
+def permutation(n: int, *, seed: int, epoch: int, unit: int, domain: int) -> UInt32Array:
     """Random order of n items, a function of its address alone: items sorted by 64 random bits each.
 
     Sorting our own counter-based numbers, rather than asking a library generator to shuffle, keeps the order the
     same across numpy versions. Two items tie with probability n^2 / 2^65; the sort is stable, so even then the order
     is defined.
 
+    Memory: 8 bytes an item and some tens of MB. The upper halves of the random numbers are kept, and sorted a range
+    of values at a time; lower halves are made again for the few items whose upper halves are equal.
+
     Returns:
-        int64 (n,).
+        uint32 (n,), for n up to 2^32.
     """
-    keys = np.empty(n, dtype=np.uint64)
-    key = key_of(seed)
-    for start in range(0, n, 1 << 20):  # pieces, so that 10^7 units do not cost gigabytes of temporaries
-        stop = min(n, start + (1 << 20))
-        counter = np.empty((stop - start, 4), dtype=np.uint32)
-        counter[:, 0] = np.arange(start, stop, dtype=np.uint32)
-        counter[:, 1:] = np.array([unit, epoch, domain], dtype=np.uint32)
-        words = philox4x32(counter, key)
-        keys[start:stop] = words[:, 0].astype(np.uint64) << np.uint64(32) | words[:, 1]
-    return np.argsort(keys, kind="stable")
+    assert 0 <= n <= 1 << 32, n
+    key, address = key_of(seed), np.array([unit, epoch, domain], dtype=np.uint32)
+
+    def words(items: np.ndarray) -> UInt32Array:
+        counter = np.empty((len(items), 4), dtype=np.uint32)
+        counter[:, 0], counter[:, 1:] = items, address
+        return philox4x32(counter, key)
+
+    high = np.empty(n, dtype=np.uint32)
+    for start in range(0, n, _NUMBERED):
+        stop = min(n, start + _NUMBERED)
+        high[start:stop] = words(np.arange(start, stop, dtype=np.uint32))[:, 0]
+    order = np.empty(n, dtype=np.uint32)
+    ranges = -(-n // _SORTED)
+    filled = 0
+    for number in range(ranges):
+        first, last = (number << 32) // ranges, (((number + 1) << 32) // ranges) - 1
+        items = _within(high, first, last)
+        keys = high[items]
+        by_key = np.argsort(keys, kind="stable")
+        items, keys = items[by_key], keys[by_key]
+        equal = np.concatenate([[False], keys[1:] == keys[:-1], [False]])
+        tied = np.flatnonzero(equal[1:] | equal[:-1])
+        if len(tied):
+            items[tied] = items[tied][np.lexsort((words(items[tied])[:, 1], keys[tied]))]
+        order[filled : filled + len(items)] = items
+        filled += len(items)
+    return order
+
+
+def _within(values: UInt32Array, first: int, last: int) -> np.ndarray:
+    """Where values from `first` to `last` are, in order."""
+    found = []
+    for start in range(0, len(values), _SORTED):
+        some = values[start : start + _SORTED]
+        found.append(start + np.flatnonzero((some >= first) & (some <= last)))
+    return np.concatenate(found)
 
 
 def units_per_step(global_batch: int, unit_rows: int) -> int:

@@ -46,9 +46,9 @@ def write_shard(folder: str, index: int, rows: Sequence[ImageRow], unit_rows: in
     )
     data = buffer.getvalue()
     name = f"shard-{index:05d}.parquet"
-    storage.write_bytes(storage.join(folder, name), data)
+    version = storage.write_bytes(storage.join(folder, name), data)
     groups = [min(unit_rows, len(rows) - start) for start in range(0, len(rows), unit_rows)]
-    return shard_from_file(name, data, groups)
+    return shard_from_file(name, data, groups, version=version)
 
 
 def refuse_non_empty(folder: str) -> None:
@@ -64,5 +64,5 @@ def refuse_non_empty(folder: str) -> None:
 
 
 def shuffled(count: int, seed: int) -> np.ndarray:
-    """The order in which images go into shards: a permutation by seed, int64 (count,)."""
+    """The order in which images go into shards: a permutation by seed, uint32 (count,)."""
     return permutation(count, seed=seed, epoch=0, unit=0, domain=PACK_DOMAIN)

@@ -11,9 +11,9 @@ stream of any length costs no more than one segment's tasks at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial, update_wrapper
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,11 @@ import ray.data
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
+from simclr_ray.data import units
 from simclr_ray.data.calm import CalmLoop
 from simclr_ray.data.manifest import Manifest, read_manifest
 from simclr_ray.data.plan import Plan, PlannedUnit, Segment, UnitTable
-from simclr_ray.data.read import read_rows
+from simclr_ray.data.units import plan_tasks, read_task
 from simclr_ray.errors import DataError
 
 Columns = dict[str, np.ndarray]
@@ -35,16 +36,16 @@ Transform = Callable[[Columns], Columns]
 
 @dataclass(frozen=True)
 class PlanAddress:
-    """All that names a plan; small, so it travels to every task in place of the plan itself."""
+    """All that names a plan; small, so it travels to the stream's coordinator in place of the plan itself."""
 
     folder: str
     fingerprint: str
     seed: int
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=1)
 def load_plan(address: PlanAddress) -> tuple[Manifest, Plan]:
-    """Load a plan in this process, once.
+    """Load a plan in this process, once; only the driver and the stream's coordinator do.
 
     Raises:
         DataError: when the manifest is not the one that the address was made of.
@@ -81,31 +82,36 @@ class UnitSource(Datasource):  # type: ignore[misc]
     ) -> list[ReadTask]:
         """Tasks of the segment. Ray calls this several times an execution, so it has no effect and keeps no count."""
         segment: Segment = ray.get(self._cursor.where.remote())
-        rows = load_plan(self._address)[1].units.unit_rows if segment.padded_stop else 0
-        tasks = []
-        for start in range(segment.padded_start, segment.padded_stop, self._units_per_task):
-            stop = min(start + self._units_per_task, segment.padded_stop)
-            metadata = BlockMetadata(num_rows=(stop - start) * rows, size_bytes=None, exec_stats=None, input_files=None)
-            tasks.append(ReadTask(_reader(self._address, start, stop), metadata))
-        return tasks
+        if segment.padded_start == segment.padded_stop:
+            return []
+        return list(_read_tasks(self._address, segment, self._units_per_task))
 
 
-def _reader(address: PlanAddress, start: int, stop: int) -> Callable[[], Iterator[pa.Table]]:
-    def read() -> Iterator[pa.Table]:
-        manifest, plan = load_plan(address)
-        for index in range(start, stop):
-            yield read_unit(manifest, plan.unit(index))
-
-    return read
+@lru_cache(maxsize=1)
+def _read_tasks(address: PlanAddress, segment: Segment, units_per_task: int) -> tuple[ReadTask, ...]:
+    """Cached, because Ray asks for an execution's tasks several times, and 40,000 units take a second to find."""
+    manifest, plan = load_plan(address)
+    tasks = plan_tasks(manifest, plan, segment.padded_start, segment.padded_stop, units_per_task)
+    return tuple(
+        ReadTask(
+            update_wrapper(partial(read_task, task), read_task),  # Ray asks for a name
+            BlockMetadata(
+                num_rows=(task.stop - task.start) * plan.units.unit_rows,
+                size_bytes=None, exec_stats=None, input_files=None,
+            ),
+        )
+        for task in tasks
+    )  # fmt: skip
 
 
 def read_unit(manifest: Manifest, unit: PlannedUnit) -> pa.Table:
-    """Rows of a unit in planned order: `image`, `sample_id`, `unit` and `epoch`."""
-    rows = read_rows(manifest, unit.pieces, [manifest.image_column])
-    rows = rows.rename_columns(["image", "sample_id"]).take(pa.array(unit.order))
-    for name, value in (("unit", unit.index), ("epoch", unit.epoch)):
-        rows = rows.append_column(name, pa.array(np.full(len(rows), value, dtype=np.int64)))
-    return rows
+    """Rows of a unit in planned order, as `units.read_unit` gives them; nothing stands in for a lost one.
+
+    Raises:
+        DataError: a shard is another one than the manifest's, or the column of images is missing or of another type.
+        StorageError: the store fails.
+    """
+    return units.read_unit(units.resolve_unit(manifest, unit), unit.seed, manifest.image_column)
 
 
 def unit_stream(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -14,7 +15,8 @@ from simclr_ray.config import Config
 from simclr_ray.data.decode import Limits, Rejected, decode
 from simclr_ray.data.manifest import Manifest
 from simclr_ray.data.plan import Piece
-from simclr_ray.data.read import read_rows
+from simclr_ray.data.read import RowRange, read_range, resolve
+from simclr_ray.data.units import BYTES_AHEAD, read_ahead
 from simclr_ray.errors import DataError, StorageError
 from simclr_ray.model.batch_norm import calibrating
 from simclr_ray.model.simclr import SimCLR
@@ -139,6 +141,8 @@ def read_labelled(manifest: Manifest, policy: Policy, limits: Limits, *, num_pai
     rejected = 0
     for images, group_labels, ids, bad in _groups(manifest, limits):
         rejected += bad
+        if not images:
+            continue
         views.append(central_view(images, policy))
         labels.append(group_labels)
         missing = num_pairs - sum(map(len, pairs))
@@ -156,25 +160,41 @@ def read_labelled(manifest: Manifest, policy: Policy, limits: Limits, *, num_pai
 def _groups(
     manifest: Manifest, limits: Limits
 ) -> Iterator[tuple[list[Image], npt.NDArray[np.int64], npt.NDArray[np.int64], int]]:
-    """Images, labels and ids of each row group, and how many were rejected."""
-    first_ids = manifest.first_sample_ids()
-    for number, shard in enumerate(manifest.shards):
-        first = int(first_ids[number])
-        for group, rows in enumerate(shard.rows_per_group):
-            table = read_rows(manifest, [Piece(number, group, 0, rows, first)], [manifest.image_column, "label"])
-            first += rows
-            labels = table.column("label")
-            if labels.null_count:
-                raise DataError(
-                    "the data set has no labels, which the probes need", where=manifest.folder,
-                    fix="give labelled sets in evaluate.train and evaluate.test",
-                )  # fmt: skip
-            decoded = [decode(data, limits) for data in table.column(manifest.image_column).to_pylist()]
+    """Images, labels and ids of some consecutive rows that decode, and how many of those between were rejected."""
+    columns = [manifest.image_column, "label"]
+    tables = read_ahead(
+        _row_ranges(manifest), lambda rows: read_range(rows, columns, manifest.image_column),
+        cost=lambda rows: rows.bytes_about, max_cost=BYTES_AHEAD,
+    )  # fmt: skip
+    for table in tables:
+        if table["label"].null_count:
+            raise DataError(
+                "the data set has no labels, which the probes need", where=manifest.folder,
+                fix="give labelled sets in evaluate.train and evaluate.test",
+            )  # fmt: skip
+        if not pa.types.is_integer(table["label"].type):
+            raise DataError(
+                'the column "label" holds no numbers', where=manifest.folder, got=str(table["label"].type),
+                fix="pack the images with labels, which numbers the classes",
+            )  # fmt: skip
+        encoded, labels = table[manifest.image_column], table["label"].to_numpy().astype(np.int64)
+        ids = table["sample_id"].to_numpy()
+        for rows in _batches(len(table)):  # a row group of others may hold thousands
+            decoded = [decode(data, limits) for data in encoded[rows].to_pylist()]
             good = [i for i, image in enumerate(decoded) if not isinstance(image, Rejected)]
             images = [image for image in decoded if not isinstance(image, Rejected)]
-            if images:
-                ids = table.column("sample_id").to_numpy()
-                yield images, labels.to_numpy().astype(np.int64)[good], ids[good], rows - len(good)
+            yield images, labels[rows][good], ids[rows][good], len(decoded) - len(good)
+
+
+def _row_ranges(manifest: Manifest) -> Iterator[RowRange]:
+    """Every group of the data set, in stored order."""
+    first_ids = manifest.first_sample_ids()
+    for shard in range(len(first_ids)):
+        first = int(first_ids[shard])
+        for group, rows in enumerate(manifest.table.groups_of(shard).tolist()):
+            if rows:
+                yield resolve(manifest, Piece(shard, group, 0, rows, first))
+            first += rows
 
 
 def _batches(count: int) -> list[slice]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from simclr_ray import storage
 from simclr_ray.config import Config, EvaluateConfig
-from simclr_ray.configure import load_config
+from simclr_ray.configure import load_config, use_storage
 from simclr_ray.data.manifest import read_manifest
 from simclr_ray.errors import ConfigError, DataError
 from simclr_ray.evaluate.encode import (
@@ -66,7 +66,7 @@ def evaluate(run: str, overrides: Sequence[str] = (), *, pictures: bool = True) 
 
     Args:
         run: The run folder.
-        overrides: Such as `["evaluate.knn_k=200"]`; only the evaluate section may change.
+        overrides: Such as `["evaluate.knn_k=200"]`; only the sections evaluate and storage may change.
         pictures: Also draw the curve, the views and the nearest neighbours (needs matplotlib).
 
     Raises:
@@ -74,11 +74,13 @@ def evaluate(run: str, overrides: Sequence[str] = (), *, pictures: bool = True) 
         DataError: a data set is missing or has no labels.
         StorageError: the run has no valid checkpoint.
     """
-    wrong = [text for text in overrides if not text.strip().startswith("evaluate.")]
+    wrong = [text for text in overrides if not text.strip().startswith(("evaluate.", "storage."))]
     if wrong:
-        raise ConfigError("only evaluate.* can be set here; the rest is the run's", got=", ".join(wrong))
+        raise ConfigError("only evaluate.* and storage.* can be set here; the rest is the run's", got=", ".join(wrong))
+    use_storage(load_config(None, overrides))  # which may be needed to reach the run that holds the other settings
     folder, stored = open_existing(run)
     config = load_config(stored, overrides)
+    use_storage(config)
     console = Console()
     trained = load_encoder(run)
     train, test, class_names = _data(config, trained.policy)

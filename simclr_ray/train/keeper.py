@@ -16,6 +16,9 @@ from typing import Any
 
 import ray
 
+from simclr_ray.data.decode import Limits
+from simclr_ray.data.manifest import Manifest
+from simclr_ray.data.quarantine import Quarantine
 from simclr_ray.errors import ConfigError
 from simclr_ray.observe.console import Console
 from simclr_ray.train.cluster import draining_nodes
@@ -24,14 +27,18 @@ from simclr_ray.train.lock import RunLock
 from simclr_ray.train.run import RunFolder, read_quarantine, write_quarantine
 
 LOOK_FOR_DRAINS_S = 2.0
+SETTLE_S = 20.0
+"""Longest wait, at the end, for the details of rejected images."""
 
 
 class Keeper:
     """Reads the desk: shows records, keeps the quarantine and the count of attempts in the run folder."""
 
-    def __init__(self, run: RunFolder, desk: Any, console: Console, lock: RunLock) -> None:
+    def __init__(
+        self, run: RunFolder, desk: Any, console: Console, lock: RunLock, manifest: Manifest, limits: Limits
+    ) -> None:
         self._run, self._desk, self._console, self._lock = run, desk, console, lock
-        self._quarantine = {entry["sample_id"]: entry for entry in read_quarantine(run)}
+        self._quarantine = Quarantine(manifest, limits, read_quarantine(run))
         self._drained: set[str] = set()
         self._looked = 0.0
         self.attempts = int((run.info() or {}).get("attempts", 0))
@@ -66,11 +73,20 @@ class Keeper:
         if news.attempts != self.attempts:
             self.attempts = news.attempts
             self._run.update(attempts=news.attempts)
-        fresh = {entry["sample_id"]: entry for entry in news.rejected if entry["sample_id"] not in self._quarantine}
-        if fresh:
-            self._quarantine |= fresh
-            write_quarantine(self._run, list(self._quarantine.values()))
+        self._quarantine.add(news.rejected)
+        self._write_quarantine()
         self._look_for_drains(news.nodes)
+
+    def reasons(self) -> str:
+        """Counts of rejected images by reason, with names of some; the list in the run folder is complete after it."""
+        self._quarantine.settle(SETTLE_S)
+        self._write_quarantine()
+        return self._quarantine.reasons()
+
+    def _write_quarantine(self) -> None:
+        entries = self._quarantine.take_changed()
+        if entries is not None:
+            write_quarantine(self._run, entries)
 
     def _look_for_drains(self, nodes: frozenset[str]) -> None:
         if time.monotonic() - self._looked < LOOK_FOR_DRAINS_S:

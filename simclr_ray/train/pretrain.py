@@ -32,6 +32,7 @@ from simclr_ray.train.keeper import Keeper, graceful_stop
 from simclr_ray.train.lock import RunLock, hold
 from simclr_ray.train.run import RunFolder, look_at_run, open_run, start_afresh
 from simclr_ray.train.step import NonFiniteStepError
+from simclr_ray.train.step_log import TooManyRejectedError
 from simclr_ray.train.worker import WorkerOrder, train_worker
 from simclr_ray.views.make import how_views_are_made
 from simclr_ray.views.stage import ViewStage, Where
@@ -137,7 +138,7 @@ def _run(setup: _Setup) -> RunResult:
     run = setup.run
     desk = beside_the_driver(Desk).remote((run.info() or {}).get("attempts", 0))
     run.update(status="running", workers=setup.workers)
-    keeper = Keeper(run, desk, setup.console, setup.lock)
+    keeper = Keeper(run, desk, setup.console, setup.lock, setup.manifest, limits_of(setup.config.data))
     status = "failed"
     try:
         with setup.console, graceful_stop(keeper.stop):
@@ -148,7 +149,10 @@ def _run(setup: _Setup) -> RunResult:
         status = "interrupted"
         raise
     finally:
+        rejected = keeper.reasons()
         run.update(status=status, attempts=keeper.attempts)
+    if rejected:
+        setup.console.say(f"images that could not be used: {rejected}; all in {run.path('quarantine.parquet')}")
     if keeper.stopping:
         setup.console.say("interrupted; run the same command again to continue from the newest checkpoint")
         raise KeyboardInterrupt
@@ -184,6 +188,10 @@ def _fit(setup: _Setup, desk: Any, keeper: Keeper) -> NonFiniteStepError | None:
     if isinstance(fatal, NonFiniteStepError) and setup.config.train.on_nonfinite == "rollback":
         return fatal
     if (error is not None or fatal is not None) and not keeper.stopping:
+        if isinstance(fatal, TooManyRejectedError):
+            fatal = TooManyRejectedError(
+                fatal.what, where=fatal.where, got=keeper.reasons(), expected=fatal.expected, fix=fatal.fix
+            )
         raise _explain(error, fatal, setup.config, ray.get(desk.why_it_ended.remote())) from error
     return None
 

@@ -18,7 +18,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ import yaml
 from simclr_ray import storage
 from simclr_ray.config import Config
 from simclr_ray.configure import flat, load_config, to_yaml
+from simclr_ray.data import quarantine
+from simclr_ray.data.quarantine import Entry
 from simclr_ray.errors import ConfigError
 from simclr_ray.train.derive import Derived
 from simclr_ray.train.lock import LOCK_NAME
@@ -232,20 +234,20 @@ def open_existing(folder: str) -> tuple[RunFolder, Config]:
     return run, load_config({key: value for key, value in resolved.items() if key != "derived"})
 
 
-def write_quarantine(run: RunFolder, entries: Sequence[Mapping[str, Any]]) -> None:
-    """Write the list of rejected images: sample id, reason, and the first step that met them."""
+def write_quarantine(run: RunFolder, entries: Sequence[Entry]) -> None:
+    """Write the list of rejected images."""
     buffer = io.BytesIO()
-    schema = pa.schema([("sample_id", pa.int64()), ("reason", pa.string()), ("step", pa.int64())])
-    pq.write_table(pa.Table.from_pylist([dict(entry) for entry in entries], schema=schema), buffer)
+    pq.write_table(pa.Table.from_pylist([asdict(entry) for entry in entries], schema=quarantine.SCHEMA), buffer)
     storage.write_bytes(run.path("quarantine.parquet"), buffer.getvalue())
 
 
-def read_quarantine(run: RunFolder) -> list[dict[str, Any]]:
+def read_quarantine(run: RunFolder) -> list[Entry]:
     """The list of rejected images; empty where none was met."""
     try:
-        return list(pq.read_table(io.BytesIO(storage.read_bytes(run.path("quarantine.parquet")))).to_pylist())
+        table = pq.read_table(io.BytesIO(storage.read_bytes(run.path("quarantine.parquet"))))
     except FileNotFoundError:
         return []
+    return [Entry(**row) for row in table.to_pylist()]
 
 
 def _write_settings(run: RunFolder, config: Config, derived: Derived) -> None:
