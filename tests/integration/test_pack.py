@@ -14,10 +14,11 @@ from PIL import Image
 
 from simclr_ray import storage
 from simclr_ray.data.manifest import MANIFEST_NAME, read_manifest
-from simclr_ray.data.pack import REJECTED_NAME, Labels, PackReport, list_images, pack
+from simclr_ray.data.pack import Labels, PackReport, pack
 from simclr_ray.data.plan import Plan, UnitTable
 from simclr_ray.data.stream import read_unit
-from simclr_ray.errors import ConfigError, DataError, StorageError
+from simclr_ray.data.work import REJECTED_NAME
+from simclr_ray.errors import ConfigError, DataError
 from tests.conftest import all_rows, real_rows
 
 pytestmark = pytest.mark.integration
@@ -85,7 +86,8 @@ def test_files_that_do_not_decode_are_counted_and_listed(photos: Path, packed: P
 def test_the_manifest_on_disk_is_the_one_reported(photos: Path, packed: PackReport) -> None:
     manifest = read_manifest(packed.manifest.folder)
     assert manifest == packed.manifest
-    assert manifest.source == {"source": str(photos), "seed": 5, "files": 153, "rejected": 3}
+    about = {"source": str(photos), "seed": 5, "files": 153, "rejected": dict.fromkeys(BROKEN.values(), 1)}
+    assert manifest.source == about | {"duplicates": 0, "encoded_anew": 0}
     names = {path.name for path in Path(manifest.folder).iterdir()}
     assert names == {MANIFEST_NAME, REJECTED_NAME, *(shard.uri for shard in manifest.shards)}
 
@@ -95,7 +97,7 @@ def test_small_shards_hold_whole_units_but_for_what_was_left_out(packed: PackRep
     assert len(shards) >= 3
     for index, shard in enumerate(shards):
         data = Path(packed.manifest.shard_uri(index)).read_bytes()
-        assert (len(data), storage.digest(data)) == (shard.bytes, shard.etag)
+        assert (len(data), storage.digest(data)) == (shard.bytes, shard.digest)
         assert all(rows == UNIT_ROWS for rows in shard.rows_per_group[:-1])
         assert len(data) < 3 * SMALL_SHARDS
 
@@ -209,11 +211,10 @@ def test_a_source_without_images_is_a_sentence(tmp_path: Path, source: str, labe
 def test_a_line_without_label_is_named_by_its_number(tmp_path: Path) -> None:
     (tmp_path / "short.csv").write_text("a.png,cat\n\n\nb.png\n")
     with pytest.raises(DataError, match=r"short\.csv:4"):
-        list_images(str(tmp_path / "short.csv"), "list")
+        pack(str(tmp_path / "short.csv"), str(tmp_path / "new"), labels="list")
 
 
-def test_an_image_given_as_folder_is_a_sentence(photos: Path, tmp_path: Path) -> None:
+def test_one_image_is_a_source_too(local_ray: None, photos: Path, tmp_path: Path) -> None:
     one = good_files(photos)[0]
-    with pytest.raises(StorageError, match="Not a directory") as caught:
-        pack(str(one), str(tmp_path / "new"))
-    assert str(one) in str(caught.value)
+    rows = all_rows(pack(str(one), str(tmp_path / "new")).manifest)
+    assert [(row["uri"], row["image"]) for row in rows] == [(str(one), one.read_bytes())]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
+from PIL import Image
 
 from simclr_ray import load_encoder
 from simclr_ray.config import Config
@@ -24,7 +27,7 @@ from simclr_ray.data.manifest import Manifest
 from simclr_ray.data.shards import ImageRow
 from simclr_ray.errors import ConfigError, DataError, NumericsError
 from simclr_ray.observe.metrics import read_jsonl
-from simclr_ray.train.checkpoint import committed_steps
+from simclr_ray.train.checkpoint import committed_steps, load
 from simclr_ray.train.pretrain import pretrain
 from simclr_ray.train.run import RunFolder, read_quarantine
 from tests.conftest import make_data_set, real_rows
@@ -75,6 +78,8 @@ def test_a_run_leaves_its_folder(undisturbed: Path) -> None:
     assert (info["status"], info["attempts"]) == ("finished", 1)
     assert (undisturbed / "resolved.yaml").exists()
     assert load_encoder(str(undisturbed)).step == STEPS
+    facts = load(str(undisturbed / "checkpoints"), STEPS).facts
+    assert (facts["rejected_total"], facts["animated_total"]) == (0, 0)
     assert load_encoder(str(undisturbed), step=STEPS - 4).step == STEPS - 4
 
 
@@ -137,6 +142,22 @@ def test_a_killed_cluster_is_continued_by_the_same_command(
     assert losses(folder) == losses(undisturbed)
 
 
+def test_colours_by_the_train_workers_give_the_same_curve_also_after_a_kill(
+    undisturbed: Path, data_set: Manifest, tmp_path: Path
+) -> None:
+    """Who makes the colours changes a value here and there by one level, and nothing else."""
+    folder = tmp_path / "run"
+    killer = threading.Thread(
+        target=when(lambda: bool(committed_steps(str(folder / "checkpoints"))), kill_train_worker)
+    )
+    killer.start()
+    pretrain(settings(folder, data_set, cluster__workers=2, views__where="gpu"))
+    killer.join()
+    assert losses(folder)[:10] == pytest.approx(losses(undisturbed)[:10], rel=1e-5)
+    assert losses(folder) == pytest.approx(losses(undisturbed), rel=1e-3)
+    assert json.loads((folder / "run.json").read_text())["attempts"] == 2
+
+
 def test_micro_batches_and_frozen_batch_norm_do_not_depend_on_the_number_of_workers(
     local_ray: None, data_set: Manifest, tmp_path: Path
 ) -> None:
@@ -163,15 +184,31 @@ def test_a_run_of_another_configuration_is_refused_field_by_field(undisturbed: P
 
 
 def test_too_many_broken_images_stop_the_run_and_are_listed(local_ray: None, tmp_path: Path) -> None:
-    rows = [ImageRow(b"" if i % 5 == 0 else row.image, row.label, row.uri) for i, row in enumerate(real_rows(400))]
+    """A fifth of the images is broken; another fifth has two frames, which are no fault, and are counted."""
+    changed = {0: lambda image: b"", 1: two_frames}
+    rows = [ImageRow(changed.get(i % 5, bytes)(row.image), row.label, row.uri) for i, row in enumerate(real_rows(400))]
     folder = tmp_path / "run"
-    with pytest.raises(DataError, match="could not be used"):
+    with pytest.raises(DataError, match="could not be used") as caught:
         pretrain(settings(folder, make_data_set(tmp_path / "data", rows)))
+    assert re.search(r"\d+ empty \(fashion-mnist/train/\d+\.png, fashion-mnist/", str(caught.value))
     listed = read_quarantine(RunFolder(str(folder)))
     assert listed
-    assert {entry["reason"] for entry in listed} == {"empty"}
-    assert all(entry["sample_id"] % 5 == 0 for entry in listed)
+    assert {entry.reason for entry in listed} == {"empty"}
+    assert all(entry.sample_id % 5 == 0 for entry in listed)
+    assert all(entry.uri == rows[entry.sample_id].uri for entry in listed)
+    assert {entry.detail for entry in listed} == {"0 bytes"}
     assert json.loads((folder / "run.json").read_text())["status"] == "failed"
+    last = read_jsonl(folder / "metrics.jsonl")[-1]
+    assert last.values["data/rejected_total"] / last.samples_seen == pytest.approx(1 / 5, abs=0.02)
+    # A fourth of the images that stand in for broken ones is animated, too.
+    assert last.values["data/animated_total"] / last.samples_seen == pytest.approx(1 / 5 + 1 / 20, abs=0.02)
+
+
+def two_frames(image: bytes) -> bytes:
+    with Image.open(io.BytesIO(image)) as first:
+        stream = io.BytesIO()
+        first.convert("L").save(stream, "GIF", save_all=True, append_images=[Image.new("L", first.size)])
+    return stream.getvalue()
 
 
 def test_a_diverged_run_stops_before_its_weights_are_saved(local_ray: None, data_set: Manifest, tmp_path: Path) -> None:

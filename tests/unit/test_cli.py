@@ -231,6 +231,8 @@ def test_fetching_errors_have_their_codes(tmp_path: Path, run: Run) -> None:
         ["pack", "one"],
         ["fetch-data", "imagenet", "x"],
         ["pack", "a", "b", "-x"],
+        ["pack", "a", "b", "--deduplicate", "maybe"],
+        ["index", "a", "b", "--kind", "zip"],
     ],
     ids=" ".join,
 )
@@ -296,5 +298,5 @@ def test_the_version_is_the_packages(tmp_path: Path) -> None:
 def test_help_names_every_verb(run: Run) -> None:
     outcome = run("--help")
     assert outcome.code == 0
-    for verb in ("pretrain", "evaluate", "pack", "fetch-data", "config"):
+    for verb in ("pretrain", "evaluate", "pack", "index", "fetch-data", "config"):
         assert verb in outcome.out

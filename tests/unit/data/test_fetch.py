@@ -228,7 +228,7 @@ def test_the_shipped_shards_are_those_of_their_manifests(shipped: dict[str, Mani
         assert "MIT" in manifest.source["licence"]
         for index, shard in enumerate(manifest.shards):
             data = Path(manifest.shard_uri(index)).read_bytes()
-            assert (len(data), storage.digest(data)) == (shard.bytes, shard.etag)
+            assert (len(data), storage.digest(data)) == (shard.bytes, shard.digest)
         present = {path.name for path in (FASHION / split).glob("*.parquet")} - {"manifest.parquet"}
         assert present == {shard.uri for shard in manifest.shards}
 

@@ -10,8 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simclr_ray.data.manifest import Manifest, Shard
-from simclr_ray.data.plan import Plan, UnitTable, permutation, segments, share, units_per_step
+from simclr_ray.data.plan import (
+    STAND_INS,
+    Piece,
+    Plan,
+    UnitTable,
+    permutation,
+    segments,
+    share,
+    stand_ins,
+    units_per_step,
+)
 from simclr_ray.errors import ConfigError
+from simclr_ray.philox import key_of, philox4x32
 
 R = 4
 
@@ -31,6 +42,7 @@ def ids_of(plan: Plan, unit: int) -> list[int]:
     return [stored[i] for i in planned.order]
 
 
+@settings(deadline=None)
 @given(shard_sizes)
 def test_units_cover_every_sample_once_but_for_less_than_one_unit(groups: list[list[int]]) -> None:
     manifest = manifest_of(groups)
@@ -45,6 +57,39 @@ def test_units_cover_every_sample_once_but_for_less_than_one_unit(groups: list[l
         assert p.first_sample_id == before + p.start
 
 
+def units_one_by_one(groups: list[list[int]], unit_rows: int) -> list[list[Piece]]:
+    """The obvious twin of `UnitTable`: every row of every unit in a list, runs of neighbours made pieces at the end."""
+    full, left, first_id = [], [], 0
+    for shard, rows_per_group in enumerate(groups):
+        for group, rows in enumerate(rows_per_group):
+            places = [(shard, group, row, first_id + row) for row in range(rows)]
+            whole = rows - rows % unit_rows
+            full += [places[start : start + unit_rows] for start in range(0, whole, unit_rows)]
+            left += places[whole:]
+            first_id += rows
+    shared = [left[start : start + unit_rows] for start in range(0, len(left) - unit_rows + 1, unit_rows)]
+    units = []
+    for unit in full + shared:
+        pieces: list[Piece] = []
+        for _, run in itertools.groupby(unit, key=lambda place: place[:2]):
+            rows = list(run)
+            pieces.append(Piece(*rows[0][:3], rows[-1][2] + 1, rows[0][3]))
+        units.append(pieces)
+    return units
+
+
+some_groups = st.lists(st.lists(st.integers(0, 3 * R), max_size=6), max_size=8)
+
+
+@settings(deadline=None)
+@given(some_groups, st.integers(1, 9))
+def test_units_are_those_of_the_twin_that_lists_every_row(groups: list[list[int]], unit_rows: int) -> None:
+    """Empty shards, empty groups and units over many groups among them."""
+    table = UnitTable(manifest_of(groups, unit_rows))
+    assert [list(table.pieces(unit)) for unit in range(table.num_units)] == units_one_by_one(groups, unit_rows)
+
+
+@settings(deadline=None)
 @given(shard_sizes, st.integers(0, 2**63 - 1), st.integers(0, 3))
 def test_an_epoch_is_a_permutation_of_all_units(groups: list[list[int]], seed: int, epoch: int) -> None:
     table = UnitTable(manifest_of(groups))
@@ -66,6 +111,31 @@ def test_epochs_and_seeds_differ_in_order() -> None:
         for seed, epoch in itertools.product((0, 1, 2**62), (0, 1))
     ]
     assert len(set(orders)) == len(orders)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 1000, 300_000, 1_100_000])
+def test_a_permutation_sorts_all_64_bits(n: int) -> None:
+    """At 300,000 items some ten pairs share the upper half of their random number; the last size is sorted in parts."""
+    counter = np.zeros((n, 4), dtype=np.uint32)
+    counter[:, 0], counter[:, 1:] = np.arange(n), (5, 2, 9)
+    words = philox4x32(counter, key_of(77)).astype(np.uint64)
+    twin = np.argsort(words[:, 0] << np.uint64(32) | words[:, 1], kind="stable")
+    if n >= 300_000:
+        assert len(np.unique(words[:, 0])) < n, "there are ties"
+    ours = permutation(n, seed=77, unit=5, epoch=2, domain=9)
+    assert ours.dtype == np.uint32
+    np.testing.assert_array_equal(ours, twin)
+
+
+@given(st.integers(1, 40), st.integers(0, 4), st.data())
+def test_others_of_the_epoch_stand_in_for_a_unit(num_units: int, epoch: int, data: st.DataObject) -> None:
+    position = data.draw(st.integers(0, num_units - 1))
+    others = stand_ins(epoch * num_units + position, num_units)
+    assert len(others) == len(set(others)) == min(STAND_INS, num_units - 1)
+    assert epoch * num_units + position not in others
+    for distance, other in enumerate(others, start=1):
+        assert other // num_units == epoch
+        assert other % num_units == (position + distance) % num_units
 
 
 def test_permutation_is_uniform() -> None:

@@ -1,0 +1,156 @@
+"""Claim: a data set of 10^9 images costs the driver and the stream's coordinator less than 500 MB.
+
+Synthetic manifests of shards with 128 groups of 64 images, of Parquet and of tar shards, at 10^9 images and at 10^5:
+
+disk     bytes of the manifest
+read     seconds to read it and to check its fingerprint
+first    seconds from the manifest to the read tasks of the first segment of 40,000 units: the plan and the epoch's
+         permutation of 15.6 million units
+next     seconds to the tasks of the segment after it
+peak     growth of the resident set of a fresh process that does all this, at its highest
+wrap     the same where the segment reaches into the second epoch, when two permutations are held
+
+    python benchmarks/scale.py [--quick]
+
+Exits with 1 if a peak is at or above 500 MB. Nothing is read of the shards, for there are none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from loss_processes import measured_peak, run_once
+from machine import write_part
+
+from simclr_ray.data.manifest import UNIT_ROWS, Kind, Manifest, ShardTable, read_manifest, write_manifest
+from simclr_ray.data.plan import Plan, UnitTable
+from simclr_ray.data.units import plan_tasks
+
+FILE = Path(__file__).parent / "results" / "scale.json"
+LIMIT_BYTES = 500_000_000
+SIZES = {"1e5": 10**5, "1e9": 10**9}
+KINDS: tuple[Kind, ...] = ("parquet", "tar")
+GROUPS = 128
+MEAN_GROUP_BYTES = 6_400_000
+UNITS_PER_TASK, UNITS_PER_SEGMENT = 8, 40_000
+SEED = 7
+
+
+def synthetic(images: int, kind: Kind, folder: str) -> Manifest:
+    """A manifest of shards that do not exist, with group sizes as photographs have them."""
+    shards = -(-images // (GROUPS * UNIT_ROWS))
+    random = np.random.default_rng(0)
+    groups = np.clip(random.normal(MEAN_GROUP_BYTES, 400_000, (shards, GROUPS)), 10**6, None).astype(np.int64)
+    ends = np.cumsum(np.concatenate([np.zeros((shards, 1), np.int64), groups // 512 * 512], axis=1), axis=1)
+    offsets, each = (ends, GROUPS + 1) if kind == "tar" else (ends[:, -1:], 1)
+
+    def lists(values: np.ndarray, length: int, of: pa.DataType) -> pa.ListArray:
+        return pa.ListArray.from_arrays(np.arange(0, len(values) + 1, length, dtype=np.int32), pa.array(values, of))
+
+    table = pa.table({
+        "uri": [f"s3://bucket-of-images/web/part-{i // 1000:03d}/{i:06d}.{kind}" for i in range(shards)],
+        "kind": [kind] * shards,
+        "digest": [random.bytes(16).hex() for _ in range(shards)],
+        "version": [random.bytes(16).hex() for _ in range(shards)],
+        "bytes": ends[:, -1] + 30_000,
+        "rows_per_group": lists(np.full(shards * GROUPS, UNIT_ROWS, np.int32), GROUPS, pa.int32()),
+        "offsets": lists(offsets.ravel(), each, pa.int64()),
+    })  # fmt: skip
+    return Manifest(folder, ShardTable.from_arrow(table))
+
+
+def written(images: int, kind: Kind, folder: str) -> int:
+    """Bytes on disk."""
+    return Path(write_manifest(synthetic(images, kind, folder))).stat().st_size
+
+
+def load_libraries() -> None:
+    """By a tiny data set, for they are not what is measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        written(10_000, "tar", folder)
+        manifest = read_manifest(folder)
+        plan_tasks(manifest, Plan(UnitTable(manifest), SEED), 0, 16, UNITS_PER_TASK)
+
+
+def from_the_start(folder: str) -> dict[str, float]:
+    """What the coordinator does until the first two segments' tasks stand."""
+    load_libraries()
+
+    def work() -> dict[str, float]:
+        begun = time.perf_counter()
+        manifest = read_manifest(folder)
+        read = time.perf_counter()
+        plan = Plan(UnitTable(manifest), SEED)
+        most = min(UNITS_PER_SEGMENT, plan.units.num_units)
+        tasks = plan_tasks(manifest, plan, 0, most, UNITS_PER_TASK)
+        first = time.perf_counter()
+        count = len(tasks)
+        del tasks
+        plan_tasks(manifest, plan, most, 2 * most, UNITS_PER_TASK)
+        ended = time.perf_counter()
+        seconds = {"read_s": read - begun, "first_s": first - read, "next_s": ended - first}
+        return {"units": plan.units.num_units, "tasks": count, **seconds}
+
+    result, peak = measured_peak(work)
+    return result | {"peak_bytes": peak}
+
+
+def around_the_end(folder: str) -> int:
+    """Peak of a coordinator whose segment reaches into the second epoch."""
+    load_libraries()
+
+    def work() -> None:
+        manifest = read_manifest(folder)
+        plan = Plan(UnitTable(manifest), SEED)
+        epoch = plan.units.num_units
+        half = min(UNITS_PER_SEGMENT, epoch) // 2
+        plan_tasks(manifest, plan, epoch - half, epoch + half, UNITS_PER_TASK)
+
+    return measured_peak(work)[1]
+
+
+def scale(images: int, kind: Kind) -> dict[str, Any]:
+    """One row of the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        disk = run_once(written, images, kind, folder)
+        start = run_once(from_the_start, folder)
+        return {"disk_bytes": disk, **start, "wrap_peak_bytes": run_once(around_the_end, folder)}
+
+
+def show(result: dict[str, dict[str, Any]]) -> None:
+    columns = ("disk MB", "units", "read s", "first s", "next s", "peak MB", "wrap MB")
+    print(f"\n  {'images':>7}  {'kind':8}" + "".join(f"{name:>12}" for name in columns))
+    for images, kinds in result.items():
+        for kind, row in kinds.items():
+            numbers = [f"{row['disk_bytes'] / 1e6:.2f}", f"{row['units']:,}"]
+            numbers += [f"{row[name]:.2f}" for name in ("read_s", "first_s", "next_s")]
+            numbers += [f"{row[name] / 1e6:.0f}" for name in ("peak_bytes", "wrap_peak_bytes")]
+            print(f"  {images:>7}  {kind:8}" + "".join(f"{number:>12}" for number in numbers))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="10^5 images alone: does it work; see --output")
+    parser.add_argument("--output", type=Path, help=f"default {FILE.name} in results; with --quick, none")
+    args = parser.parse_args()
+    sizes = {"1e5": SIZES["1e5"]} if args.quick else SIZES
+    result = {name: {kind: scale(images, kind) for kind in KINDS} for name, images in sizes.items()}
+    show(result)
+    output = args.output or (None if args.quick else FILE)
+    if output is not None:
+        write_part("coordinator", result, output, ["coordinator"])
+    rows = [row for kinds in result.values() for row in kinds.values()]
+    highest = max(max(row["peak_bytes"], row["wrap_peak_bytes"]) for row in rows)
+    print(f"\n  highest peak {highest / 1e6:.0f} MB, limit {LIMIT_BYTES / 1e6:.0f} MB")
+    return int(highest >= LIMIT_BYTES)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

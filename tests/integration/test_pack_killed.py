@@ -1,0 +1,189 @@
+"""A pack that is killed and run again ends with the same bytes as one that was not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from simclr_ray import storage
+from simclr_ray.data import index as index_module
+from simclr_ray.data import work
+from simclr_ray.data.index import IndexOptions, index
+from simclr_ray.data.pack import pack
+from simclr_ray.errors import ConfigError
+from tests.conftest import ROOT
+from tests.integration import sources
+
+pytestmark = pytest.mark.integration
+
+UNIT = 4
+SETTINGS = {"labels": "stored", "seed": 3, "unit_rows": UNIT, "shard_bytes": 2_500, "deduplicate": "exact"}
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What a pack leaves; the manifest says where it lies, so both are compared in the same place."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three tars, with duplicates and a file that is no image."""
+    folder = tmp_path_factory.mktemp("killed") / "tars"
+    images = sources.rows(60)
+    sources.tars(folder, [*images, *images[:6]], each=25)
+    sources.write_tar(folder / "00009.tar", [("page.jpg", b"<!doctype html>")])
+    return folder
+
+
+def test_killed_between_any_two_writes_of_the_driver(
+    local_ray: None, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Enumerated, not sampled. Tasks write too: they are whatever far each kill lets them be."""
+    monkeypatch.setattr(index_module, "SHARDS_A_TASK", 2)
+    destination = tmp_path / "new"
+    pack(str(source), str(destination), **SETTINGS)
+    undisturbed = files(destination)
+    assert {name.partition("-")[0] for name in undisturbed} == {
+        "manifest.parquet", "duplicates.parquet", "rejected.parquet", "shard",
+    }  # fmt: skip
+    write = storage.write_bytes
+    for allowed in range(100):
+        storage.delete_folder(str(destination))
+        left = allowed
+
+        def counting(uri: str, data: bytes) -> str | None:
+            nonlocal left
+            if left == 0:
+                raise Killed
+            left -= 1
+            return write(uri, data)
+
+        monkeypatch.setattr(storage, "write_bytes", counting)
+        try:
+            pack(str(source), str(destination), **SETTINGS)
+        except Killed:
+            killed = True
+        else:
+            killed = False
+        monkeypatch.setattr(storage, "write_bytes", write)
+        if not killed:
+            break
+        report = pack(str(source), str(destination), **SETTINGS)
+        assert report.manifest.rows + report.duplicates + report.num_rejected == 67
+        assert files(destination) == undisturbed, f"killed before write {allowed}"
+    assert allowed >= 6, "settings, listing, index with report and manifest, lists of what is left out, manifest"
+
+
+def test_killed_while_it_removes_its_work(
+    local_ray: None, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    destination = tmp_path / "new"
+    undisturbed = pack(str(source), str(destination), **SETTINGS)
+    before = files(destination)
+    storage.delete_folder(str(destination))
+
+    def killed(uri: str) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "delete_folder", killed)
+        with pytest.raises(Killed):
+            pack(str(source), str(destination), **SETTINGS)
+    assert pack(str(source), str(destination), **SETTINGS) == undisturbed
+    assert files(destination) == before
+    with pytest.raises(ConfigError, match="a packed data set is here already"):
+        pack(str(source), str(destination), **SETTINGS)
+
+
+def test_a_process_that_is_killed_leaves_no_duplicate_and_no_hole(
+    local_ray: None, source: Path, tmp_path: Path
+) -> None:
+    """SIGKILL of a whole process group, Ray and all, as soon as some of its shards are written."""
+    destination = tmp_path / "new"
+    script = textwrap.dedent(
+        f"""
+        import ray
+        from simclr_ray.data.pack import pack
+
+        ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+        pack({str(source)!r}, {str(destination)!r}, **{SETTINGS!r})
+        """
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    environment.pop("RAY_ADDRESS", None)  # of the Ray of this process
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], env=environment, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    notes = destination / work.PARTS
+    deadline = time.monotonic() + 90
+    while process.poll() is None and time.monotonic() < deadline:
+        if len(list(notes.glob("shard-*.json"))) >= 2:
+            break
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(30)
+    written = {path.name for path in notes.glob("shard-*.json")}
+    assert len(written) >= 2
+    assert not (destination / "manifest.parquet").exists(), "it was not in the middle"
+    report = pack(str(source), str(destination), **SETTINGS)
+    assert report.manifest.rows + report.duplicates + report.num_rejected == 67
+    assert len(report.manifest.shards) > len(written)
+    disturbed = files(destination)
+    storage.delete_folder(str(destination))
+    assert pack(str(source), str(destination), **SETTINGS) == report
+    assert files(destination) == disturbed
+
+
+def test_other_settings_are_refused_once_shards_are_written(
+    local_ray: None, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from simclr_ray.data import pack as pack_module
+
+    def killed(*arguments: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pack_module, "_committed", killed)
+        with pytest.raises(Killed):
+            pack(str(source), str(tmp_path / "new"), **SETTINGS)
+    with pytest.raises(ConfigError, match="another seed") as caught:
+        pack(str(source), str(tmp_path / "new"), **(SETTINGS | {"seed": 4}))
+    assert "expected 3" in str(caught.value)
+    assert pack(str(source), str(tmp_path / "new"), **SETTINGS).manifest.rows == 60
+
+
+def test_an_index_goes_on_with_what_was_opened(
+    local_ray: None, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_module, "SHARDS_A_TASK", 1)
+    undisturbed = index(str(source), str(tmp_path / "one"), IndexOptions(unit_rows=UNIT))
+
+    def killed(*arguments: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(index_module, "write_manifest", killed)
+        with pytest.raises(Killed):
+            index(str(source), str(tmp_path / "two"), IndexOptions(unit_rows=UNIT))
+    opened = tmp_path / "two" / work.OPENED
+    times = {path.name: path.stat().st_mtime_ns for path in opened.iterdir()}
+    assert len(times) == 4
+    next(iter(sorted(opened.iterdir()))).unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(index_module, "finish", lambda folder: None)
+        again = index(str(source), str(tmp_path / "two"), IndexOptions(unit_rows=UNIT))
+    assert again.manifest.fingerprint == undisturbed.manifest.fingerprint
+    kept = {path.name for path in opened.iterdir() if path.stat().st_mtime_ns == times[path.name]}
+    assert len(kept) == 3
