@@ -121,6 +121,12 @@ def _preview(options: argparse.Namespace) -> None:
     console.say(f"sheet: {options.output}")
 
 
+def _check(options: argparse.Namespace) -> None:
+    from simclr_ray.train.check import run_check
+
+    run_check(options.config, options.set, Console().say)
+
+
 def _fetch_data(options: argparse.Namespace) -> None:
     from simclr_ray.data.fetch import fetch_data
 
@@ -183,6 +189,10 @@ def _parser() -> argparse.ArgumentParser:
     _overrides(verb, "views.strength=0.5")
     verb.add_argument("-o", "--output", default="views.png", help="PNG to write (default: %(default)s)")
     verb.add_argument("--images", type=int, default=12, help="how many, 1 to 64 (default: %(default)s)")
+
+    verb = _verb(verbs, "check", _check, "find out in seconds what a run would meet: stores, images, memory, hours")
+    verb.add_argument("config", help="YAML file")
+    _overrides(verb, "data.train=s3://bucket/folder")
 
     verb = _verb(verbs, "fetch-data", _fetch_data, "pack a ready-made data set: fashion-mnist or emoji")
     verb.add_argument("name", choices=("fashion-mnist", "emoji"))

@@ -202,8 +202,8 @@ class TrainConfig(Section):
     max_failed_saves: Count = 3
     """Checkpoints in a row that may fail (a full disk, a store that is down) before the run stops (exit 4)."""
     on_nonfinite: Literal["stop", "rollback"] = "stop"
-    """When the loss or a gradient is not finite: `stop` (exit 6), or go back to the newest checkpoint and leave out that
-    step's images. Either way nothing of it reaches the weights, and the images are listed in `quarantine.parquet`."""
+    """When the loss or a gradient is not finite: `stop` (exit 6), or go back to the newest checkpoint and leave out
+    that step's images. Either way nothing of it reaches the weights, and the images are listed in `quarantine.parquet`."""
     max_rollbacks: Count = 3
     """Steps that `on_nonfinite: rollback` may leave out over the whole run."""
     keep_checkpoints: Annotated[int, Ge(1)] = 3

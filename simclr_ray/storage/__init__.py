@@ -32,6 +32,7 @@ __all__ = [
     "current",
     "delete_file",
     "delete_folder",
+    "describe",
     "digest",
     "environment",
     "exists",
@@ -52,6 +53,12 @@ __all__ = [
 ]
 
 _LOCAL, _S3, _OTHER = LocalStore(), S3Store(), OtherStore()
+
+
+def describe(uri: str) -> str:
+    """Where a URI leads and as whom, in words without any secret."""
+    store, uri = _store(uri)
+    return store.describe(uri)
 
 
 def read_bytes(uri: str) -> bytes:

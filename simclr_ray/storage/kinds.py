@@ -41,6 +41,7 @@ class OutOfRangeError(StorageError):
 class Store(Protocol):
     """A backend. URIs are normalised; `FileNotFoundError` means absent, all else is a `StorageError`."""
 
+    def describe(self, uri: str) -> str: ...  # noqa: D102
     def read(self, uri: str) -> tuple[bytes, str | None]: ...  # noqa: D102
     def read_range(self, uri: str, start: int, stop: int, version: str | None) -> bytes: ...  # noqa: D102
     def stat(self, uri: str) -> Stat: ...  # noqa: D102

@@ -26,6 +26,13 @@ _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 class LocalStore:
     """The backend for paths."""
 
+    def describe(self, uri: str) -> str:
+        """The path's disk."""
+        folder = Path(uri)
+        while not folder.exists():
+            folder = folder.parent
+        return f"local folder {uri}, {shutil.disk_usage(folder).free / 2**30:,.1f} GiB free"
+
     def read(self, uri: str) -> tuple[bytes, str | None]:
         """Whole file and its digest."""
         with _explained(uri, "read"):

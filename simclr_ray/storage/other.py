@@ -30,6 +30,11 @@ _ARROW_SCHEMES = frozenset({"gs", "gcs", "abfs", "abfss"})
 class OtherStore:
     """The backend for every scheme that fsspec knows and that is allowed here."""
 
+    def describe(self, uri: str) -> str:
+        """The scheme's client."""
+        with _opened(uri, "looked up") as (files, path):
+            return f"{path} through {type(files).__name__} of fsspec; credentials: as that client finds them"
+
     def read(self, uri: str) -> tuple[bytes, str | None]:
         """Whole object and its digest."""
         with _opened(uri, "read") as (files, path):

@@ -36,6 +36,12 @@ T = TypeVar("T")
 class S3Store:
     """The backend for `s3://`."""
 
+    def describe(self, uri: str) -> str:
+        """Bucket, endpoint, and which link of the chain gave the credentials."""
+        bucket, _ = bucket_and_key(uri)
+        ours = client(settings_.current())
+        return f"bucket {bucket} at {ours.place}; credentials: {ours.origin}"
+
     def read(self, uri: str) -> tuple[bytes, str | None]:
         """Whole object and its ETag; checksums that the store keeps are compared."""
         operation = _Operation(uri, "read")

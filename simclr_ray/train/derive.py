@@ -133,6 +133,14 @@ def policy_of(views: ViewsConfig) -> Policy:
     return Policy.model_validate(policy.model_dump() | changes)
 
 
+def bytes_ahead(config: Config, derived: Derived) -> int:
+    """Memory for the steps that the stream may be ahead, and for a few tasks' output at least, or it would stutter."""
+    size = policy_of(config.views).size
+    unit_bytes = derived.unit_rows * 2 * 3 * size * size
+    units = max(config.data.steps_ahead * derived.units_per_step, 4 * config.data.units_per_task)
+    return units * unit_bytes
+
+
 def check_world_size(world_size: int, derived: Derived) -> None:
     """Every rank needs a unit in every step, and in every micro-batch of it.
 

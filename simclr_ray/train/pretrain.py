@@ -26,7 +26,16 @@ from simclr_ray.errors import ClusterError, ConfigError, SimclrError, root_cause
 from simclr_ray.observe.console import Console
 from simclr_ray.train import checkpoint as ckpt
 from simclr_ray.train.cluster import beside_the_driver, connected, prints_logged, resolve_views, resolve_workers
-from simclr_ray.train.derive import Derived, check_world_size, derive, limits_of, policy_of, sentences, shares
+from simclr_ray.train.derive import (
+    Derived,
+    bytes_ahead,
+    check_world_size,
+    derive,
+    limits_of,
+    policy_of,
+    sentences,
+    shares,
+)
 from simclr_ray.train.desk import Desk
 from simclr_ray.train.keeper import Keeper, graceful_stop
 from simclr_ray.train.lock import RunLock, hold
@@ -237,7 +246,7 @@ def _trainer(setup: _Setup, desk: Any) -> ray.train.torch.TorchTrainer:
         train_worker,
         train_loop_config={"order": order},
         datasets={"train": stream},
-        dataset_config=ray.train.DataConfig(execution_options=execution_options(_bytes_ahead(config, derived))),
+        dataset_config=ray.train.DataConfig(execution_options=execution_options(bytes_ahead(config, derived))),
         torch_config=ray.train.torch.TorchConfig(
             backend="nccl" if setup.use_gpu else "gloo", timeout_s=int(cluster.first_step_timeout_s)
         ),
@@ -258,14 +267,6 @@ def _trainer(setup: _Setup, desk: Any) -> ray.train.torch.TorchTrainer:
             ),
         ),
     )
-
-
-def _bytes_ahead(config: Config, derived: Derived) -> int:
-    """Memory for the steps that the stream may be ahead, and for a few tasks' output at least, or it would stutter."""
-    size = policy_of(config.views).size
-    unit_bytes = derived.unit_rows * 2 * 3 * size * size
-    units = max(config.data.steps_ahead * derived.units_per_step, 4 * config.data.units_per_task)
-    return units * unit_bytes
 
 
 def _explain(error: BaseException | None, fatal: SimclrError | None, config: Config, ended: str | None) -> SimclrError:
