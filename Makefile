@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 RUN ?= runs/fashion-mnist
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo test check format venv clean-demo
+.PHONY: help demo demo-s3 test check format venv clean-demo
 
 help:
 	@echo "make demo    install, train an encoder on real images, evaluate it, show where the pictures are"
+	@echo "make demo-s3 the same from an S3 server on this machine that is killed for a while in the middle"
 	@echo "make test    install, run the tests"
 	@echo "make check   format, lint, types, import direction, spelling"
 
@@ -24,6 +25,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt setup.py simclr_ray/views/nat
 demo: venv
 	@$(BIN)/simclr-ray pretrain jobs/fashion_mnist.yaml --set run.folder=$(RUN)
 	@$(BIN)/simclr-ray evaluate $(RUN)
+
+demo-s3: venv
+	@$(BIN)/python -m benchmarks.demo_s3
 
 test: venv
 	@OMP_NUM_THREADS=1 RAY_AUTH_MODE=disabled $(BIN)/python -m pytest -q -n 2 --dist loadfile

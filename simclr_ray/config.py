@@ -203,7 +203,7 @@ class TrainConfig(Section):
     """Checkpoints in a row that may fail (a full disk, a store that is down) before the run stops (exit 4)."""
     on_nonfinite: Literal["stop", "rollback"] = "stop"
     """When the loss or a gradient is not finite: `stop` (exit 6), or go back to the newest checkpoint and leave out
-    that step's images. Either way nothing of it reaches the weights, and the images are listed in `quarantine.parquet`."""
+    that step's images. Either way nothing of it reaches the weights, and the images are in `quarantine.parquet`."""
     max_rollbacks: Count = 3
     """Steps that `on_nonfinite: rollback` may leave out over the whole run."""
     keep_checkpoints: Annotated[int, Ge(1)] = 3

@@ -251,8 +251,8 @@ def expected(config: Config, derived: Derived, rates: Rates, *, cores: int) -> I
     )
     views_h, encoder_h = images * rates.views_s / 3600, images * rates.encoder_s / 3600
     yield (
-        f"expected work: {_span(views_h)} of a core for decoding and views, {_span(encoder_h)} of such a device for the "
-        "encoder"
+        f"expected work: {_span(views_h)} of a core for decoding and views, "
+        f"{_span(encoder_h)} of such a device for the encoder"
     )
     workers = config.cluster.workers or 1
     free = max(config.cluster.data_cpus, cores - round(workers * config.cluster.cpus_per_worker))

@@ -38,15 +38,16 @@ class _Desk:
         self._notes: dict[int, Note] = {}
         self._failed: list[tuple[Note, str]] = []
         self._asked, self._stopping = 0, False
+        self._joining = False
+        self._ended: str | None = None
         self._saved_step: int | None = None
 
     def begin_attempt(self) -> int:
         """Count a life of the worker group and return its number, from 1."""
-        ended = self.why_it_ended()
         self._news.attempts += 1
-        if ended:
-            self.say(f"attempt {self._news.attempts}; the one before ended: {ended}")
-        self._nodes = {}
+        if self._ended:
+            self.say(f"attempt {self._news.attempts}; the one before ended: {self._ended}")
+        self._ended, self._joining = None, False
         return self._news.attempts
 
     def attempts(self) -> int:
@@ -54,7 +55,9 @@ class _Desk:
         return self._news.attempts
 
     def join(self, rank: int, node: str) -> None:
-        """Say where a rank runs."""
+        """Say where a rank runs; the first thing that each rank of an attempt says."""
+        if not self._joining:
+            self._joining, self._ended, self._nodes = True, self.why_it_ended(), {}
         self._nodes[rank] = node
 
     def pulse(self, note: Note) -> tuple[int, bool]:

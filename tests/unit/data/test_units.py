@@ -169,7 +169,9 @@ def test_a_data_set_that_is_gone_ends_the_run(manifest: Manifest) -> None:
     tasks = tasks_of(manifest, 0, 10, 4)
     for shard in range(4):
         lose(manifest, shard)
-    with pytest.raises(DataError, match=r"unit 0 of the plan cannot be read, and none of the 8 after it.*shard_missing"):
+    with pytest.raises(
+        DataError, match=r"unit 0 of the plan cannot be read, and none of the 8 after it.*shard_missing"
+    ):
         read_all(tasks)
 
 
