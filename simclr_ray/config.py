@@ -204,6 +204,8 @@ class TrainConfig(Section):
     on_nonfinite: Literal["stop", "rollback"] = "stop"
     """When the loss or a gradient is not finite: `stop` (exit 6), or go back to the newest checkpoint and leave out
     that step's images. Either way nothing of it reaches the weights, and the images are in `quarantine.parquet`."""
+    stop_on_collapse: bool = False
+    """Stop (exit 6) when all projections point the same way, instead of saying so and going on."""
     max_rollbacks: Count = 3
     """Steps that `on_nonfinite: rollback` may leave out over the whole run."""
     keep_checkpoints: Annotated[int, Ge(1)] = 3

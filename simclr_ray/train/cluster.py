@@ -7,12 +7,14 @@ with as many CPUs as workers and stream need, and on a running one the room is c
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import io
 import logging
 import math
 import os
 import socket
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import ray
@@ -28,6 +30,8 @@ from simclr_ray.views.stage import Where
 log = logging.getLogger("simclr_ray.ray")
 
 PROBE_TIMEOUT_S = 10.0
+_VERSIONS_TIMEOUT_S = 60.0
+"""A node that says nothing for so long is busy starting; its versions are not known then."""
 _CPUS_FOR_A_GPU = 3
 """An H100 takes the pairs of about 1,250 images a second in ResNet-50, and a core finishes some 600 to 900: below three
 cores for each GPU, the stream had better leave the colours to it."""
@@ -121,6 +125,47 @@ class _ToLog(io.TextIOBase):
         if text.strip():
             log.info("%s", text.rstrip())
         return len(text)
+
+
+def versions() -> dict[str, str]:
+    """Of what must agree on all nodes: other versions may compute, order or serialise otherwise."""
+    packages = ("simclr_ray", "ray", "torch", "torchvision", "numpy", "pyarrow", "pillow")
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {"python": ".".join(map(str, sys.version_info[:2]))} | found
+
+
+def differences(mine: Mapping[str, str], theirs: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """A line for each package and node with another version than the driver's."""
+    return [
+        f"{name}: {wanted} here, {found[name]} on node {node}"
+        for node, found in sorted(theirs.items())
+        for name, wanted in mine.items()
+        if found.get(name) != wanted
+    ]
+
+
+def refuse_other_versions() -> None:
+    """Ask every node of a cluster that was not started here for its versions.
+
+    Raises:
+        ClusterError: a node has others than the driver.
+    """
+    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    if len(nodes) < 2:
+        return
+    ask = ray.remote(num_cpus=0)(versions)
+    asked = {
+        node: ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True)).remote()
+        for node in nodes
+    }
+    ready, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=_VERSIONS_TIMEOUT_S)
+    theirs = {nodes[node]: ray.get(answer) for node, answer in asked.items() if answer in set(ready)}
+    lines = differences(versions(), theirs)
+    if lines:
+        raise ClusterError(
+            "nodes of the cluster have other versions than the driver:\n" + "\n".join(f"  {line}" for line in lines),
+            fix="use one image or environment for driver and nodes",
+        )
 
 
 def draining_nodes() -> frozenset[str]:

@@ -27,6 +27,7 @@ from simclr_ray.train.lock import RunLock
 from simclr_ray.train.run import RunFolder, read_quarantine, write_quarantine
 
 LOOK_FOR_DRAINS_S = 2.0
+SAY_WAITING_S = 30.0
 SETTLE_S = 20.0
 """Longest wait, at the end, for the details of rejected images."""
 
@@ -35,13 +36,16 @@ class Keeper:
     """Reads the desk: shows records, keeps the quarantine and the count of attempts in the run folder."""
 
     def __init__(
-        self, run: RunFolder, desk: Any, console: Console, lock: RunLock, manifest: Manifest, limits: Limits
+        self, run: RunFolder, desk: Any, console: Console, lock: RunLock, manifest: Manifest, limits: Limits, asked: str
     ) -> None:
+        """Prepare; `asked` says in words what was asked of Ray."""
+        self._asked = asked
         self._run, self._desk, self._console, self._lock = run, desk, console, lock
         self._quarantine = Quarantine(manifest, limits, read_quarantine(run))
         self._drained: set[str] = set()
         self._looked = 0.0
-        self.attempts = int((run.info() or {}).get("attempts", 0))
+        self._waiting_since = self._said_waiting = time.monotonic()
+        self.attempts = self._begun_before = int((run.info() or {}).get("attempts", 0))
         self.last: Mapping[str, float] = {}
         self.stopping = False
 
@@ -70,12 +74,27 @@ class Keeper:
         for record in news.records:
             self._console.progress(record)
             self.last = record.values
+        if news.attempts == self._begun_before:
+            self._say_waiting()
         if news.attempts != self.attempts:
             self.attempts = news.attempts
             self._run.update(attempts=news.attempts)
         self._quarantine.add(news.rejected)
         self._write_quarantine()
         self._look_for_drains(news.nodes)
+
+    def _say_waiting(self) -> None:
+        """A line now and then while no worker has started."""
+        now = time.monotonic()
+        if now - self._said_waiting < SAY_WAITING_S:
+            return
+        self._said_waiting = now
+        free, all_ = ray.available_resources(), ray.cluster_resources()
+        has = ", ".join(f"{free.get(name, 0):g} of {all_.get(name, 0):g} {name}s free" for name in ("CPU", "GPU"))
+        self._console.say(
+            f"waiting for {self._asked} for {now - self._waiting_since:.0f} s; the cluster has {has}; "
+            "an autoscaler may be adding nodes (cluster.start_timeout_s)"
+        )
 
     def reasons(self) -> str:
         """Counts of rejected images by reason, with names of some; the list in the run folder is complete after it."""

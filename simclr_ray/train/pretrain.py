@@ -25,7 +25,14 @@ from simclr_ray.data.stream import (
 from simclr_ray.errors import ClusterError, ConfigError, SimclrError, root_cause
 from simclr_ray.observe.console import Console
 from simclr_ray.train import checkpoint as ckpt
-from simclr_ray.train.cluster import beside_the_driver, connected, prints_logged, resolve_views, resolve_workers
+from simclr_ray.train.cluster import (
+    beside_the_driver,
+    connected,
+    prints_logged,
+    refuse_other_versions,
+    resolve_views,
+    resolve_workers,
+)
 from simclr_ray.train.derive import (
     Derived,
     bytes_ahead,
@@ -107,6 +114,7 @@ def _pretrain(settings: Config, manifest: Manifest, derived: Derived, console: C
     for line in sentences(settings, derived):
         console.say(line)
     with connected(settings.cluster), prints_logged():
+        refuse_other_versions()
         workers, use_gpu = resolve_workers(settings.cluster, ray.cluster_resources())
         check_world_size(workers, derived)
         parts = " + ".join(map(str, shares(derived, workers)))
@@ -147,7 +155,7 @@ def _run(setup: _Setup) -> RunResult:
     run = setup.run
     desk = beside_the_driver(Desk).remote((run.info() or {}).get("attempts", 0))
     run.update(status="running", workers=setup.workers)
-    keeper = Keeper(run, desk, setup.console, setup.lock, setup.manifest, limits_of(setup.config.data))
+    keeper = Keeper(run, desk, setup.console, setup.lock, setup.manifest, limits_of(setup.config.data), _asked(setup))
     status = "failed"
     try:
         with setup.console, graceful_stop(keeper.stop):
@@ -166,6 +174,11 @@ def _run(setup: _Setup) -> RunResult:
         setup.console.say("interrupted; run the same command again to continue from the newest checkpoint")
         raise KeyboardInterrupt
     return RunResult(run.uri, setup.derived.total_steps, keeper.last)
+
+
+def _asked(setup: _Setup) -> str:
+    per_worker = f"{setup.config.cluster.cpus_per_worker:g} CPU" + (" and a GPU" if setup.use_gpu else "")
+    return f"{setup.workers} worker{'s' * (setup.workers > 1)} of {per_worker} each"
 
 
 def _fit(setup: _Setup, desk: Any, keeper: Keeper) -> NonFiniteStepError | None:

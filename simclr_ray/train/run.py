@@ -59,6 +59,7 @@ FREE = (
     "train.max_failed_saves",
     "train.on_nonfinite",
     "train.max_rollbacks",
+    "train.stop_on_collapse",
     "train.keep_checkpoints",
     "cluster.",
     "storage.",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -16,12 +17,28 @@ import torch.distributed as dist
 from simclr_ray import storage
 from simclr_ray.config import Config
 from simclr_ray.data.decode import REASONS
-from simclr_ray.errors import DataError, SimclrError
+from simclr_ray.errors import DataError, NumericsError, SimclrError
 from simclr_ray.observe.metrics import JsonlSink, Record, Recorder, Sink, TensorBoardSink, truncate_after
 from simclr_ray.train.batches import StepBatch
 from simclr_ray.train.derive import Derived
 from simclr_ray.train.run import RunFolder
 from simclr_ray.train.step import STEP_METRICS, StepNumbers
+
+COLLAPSED_SIMILARITY = 0.99
+"""Mean cosine similarity of projections of different images; a healthy one is near 0, an initial one below 0.9."""
+
+
+def is_straggler(waits: Sequence[float], elapsed: float) -> bool:
+    """Whether one rank's wait for images is more than three times the others', and a tenth of the time at least.
+
+    Args:
+        waits: Seconds that each rank waited.
+        elapsed: Seconds in which they did.
+    """
+    if len(waits) < 2:
+        return False
+    *others, worst = sorted(waits)
+    return worst > 0.1 * elapsed and worst > 3 * median(others)
 
 
 class TooManyRejectedError(DataError):
@@ -55,6 +72,7 @@ class StepLog:
         self._animated = 0
         self.rejected_total, self.animated_total = start.rejected_total, start.animated_total
         self._window: list[tuple[int, int]] = []  # (samples, rejected) of each record
+        self._warned = self._collapsed = False
         self._stall_s: float | None = None
         self._written_s: float | None = None
         self._metrics = _MetricsFile(run, start.step) if rank == 0 else None
@@ -98,7 +116,8 @@ class StepLog:
             self._waits.clear()
             return
         means = torch.stack([numbers.values for numbers in self._numbers]).mean(dim=0)
-        waited, (rejected, animated) = self._agree(sum(self._waits), len(self._rejected), self._animated)
+        waits, (rejected, animated) = self._agree(sum(self._waits), len(self._rejected), self._animated)
+        waited = max(waits)
         now, steps = time.monotonic(), step - self._since_step
         elapsed, samples = max(now - self._since, 1e-9), steps * self._config.train.global_batch
         self.rejected_total += rejected
@@ -123,6 +142,7 @@ class StepLog:
         self._stall_s = self._written_s = None
         if self._device.type == "cuda":
             values["gpu/peak_mib"] = torch.cuda.max_memory_allocated(self._device) / 2**20
+        self._warn_of_straggler(waits, elapsed)
         if self._metrics:
             record = Record(step, step * self._config.train.global_batch, self._attempt, time.time(), values)
             self._metrics.log(record)
@@ -132,14 +152,44 @@ class StepLog:
         self._animated = 0
         self._since, self._since_step = now, step
         self._refuse_rejected(samples, rejected)
+        self._refuse_collapse(step, values["train/negative_similarity"])
 
-    def _agree(self, waited_s: float, *counts: int) -> tuple[float, list[int]]:
-        """The longest wait of any rank, and each count of images over all of them."""
-        longest = torch.tensor([waited_s], device=self._device)
+    def _agree(self, waited_s: float, *counts: int) -> tuple[list[float], list[int]]:
+        """How long each rank waited for images, and each count of images over all of them."""
+        waits = torch.zeros(dist.get_world_size(), device=self._device)
+        waits[dist.get_rank()] = waited_s
         totals = torch.tensor(counts, device=self._device)
-        dist.all_reduce(longest, dist.ReduceOp.MAX)
+        dist.all_reduce(waits, dist.ReduceOp.SUM)
         dist.all_reduce(totals, dist.ReduceOp.SUM)
-        return float(longest.item()), totals.tolist()
+        return waits.tolist(), totals.tolist()
+
+    def _warn_of_straggler(self, waits: Sequence[float], elapsed: float) -> None:
+        """Name a rank that alone keeps the others waiting for its images; told once an attempt."""
+        slowest = max(range(len(waits)), key=waits.__getitem__)
+        if not self._warned and is_straggler(waits, elapsed) and self._metrics:
+            self._warned = True
+            others = median(wait for rank, wait in enumerate(waits) if rank != slowest)
+            self._desk.say.remote(
+                f"rank {slowest} is slow in data: it waited {waits[slowest]:.1f} s of {elapsed:.1f} s for its images, "
+                f"the others {others:.1f} s; look at its node's network and object store"
+            )
+
+    def _refuse_collapse(self, step: int, negative_similarity: float) -> None:
+        """Say once, or stop, when projections of different images cannot be told apart."""
+        if negative_similarity < COLLAPSED_SIMILARITY:
+            return
+        told = (
+            f"projections have collapsed at step {step}: those of different images have a cosine similarity of "
+            f"{negative_similarity:.4f}"
+        )
+        if self._config.train.stop_on_collapse:
+            raise NumericsError(
+                told, expected=f"below {COLLAPSED_SIMILARITY}",
+                fix="lower optim.base_learning_rate, or look at `simclr-ray preview`: are the views all alike?",
+            )  # fmt: skip
+        if not self._collapsed and self._metrics:
+            self._desk.say.remote(f"ALARM: {told}; training goes on (train.stop_on_collapse)")
+        self._collapsed = True
 
     def _report_rejected(self) -> None:
         if self._rejected:
