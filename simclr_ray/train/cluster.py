@@ -137,7 +137,7 @@ def versions() -> dict[str, str]:
 def differences(mine: Mapping[str, str], theirs: Mapping[str, Mapping[str, str]]) -> list[str]:
     """A line for each package and node with another version than the driver's."""
     return [
-        f"{name}: {wanted} here, {found[name]} on node {node}"
+        f"{name}: {wanted} here, {found.get(name)} on node {node}"
         for node, found in sorted(theirs.items())
         for name, wanted in mine.items()
         if found.get(name) != wanted

@@ -276,7 +276,7 @@ def _trainer(setup: _Setup, desk: Any) -> ray.train.torch.TorchTrainer:
             failure_config=ray.train.FailureConfig(
                 max_failures=cluster.max_failures,
                 max_preemption_failures=cluster.max_preemptions,
-                controller_failure_limit=cluster.max_failures,
+                controller_failure_limit=max(2, cluster.max_failures),  # a node lost while a group starts is one
             ),
         ),
     )

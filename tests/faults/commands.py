@@ -1,0 +1,104 @@
+"""Runs of `simclr-ray pretrain` as a user starts them, in a process of their own with a local Ray of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from simclr_ray.configure import load_config, to_yaml
+from simclr_ray.data.manifest import Manifest
+from simclr_ray.observe.metrics import read_jsonl
+from simclr_ray.train.checkpoint import committed_steps
+
+STEPS = 30
+INJECT = Path(__file__).parent / "inject"
+
+
+def recipe(folder: Path, manifest: Manifest, **changes: Any) -> Path:
+    """A small recipe in a YAML file beside the run's folder; gentle, see tests/integration/test_pretrain.py."""
+    values: dict[str, Any] = {
+        "run": {"folder": str(folder), "seed": 3},
+        "data": {"train": manifest.folder, "units_per_task": 4},
+        "views": {"preset": "cifar", "size": 16},
+        "model": {"encoder": "small", "projection_dim": 16},
+        "loss": {"temperature": 0.5},
+        "optim": {"name": "lars", "rule": "constant", "base_learning_rate": 0.01, "warmup_epochs": 0.5},
+        "train": {"global_batch": 64, "steps": STEPS, "log_every": 1, "checkpoint_every": 10},
+        "cluster": {"threads_per_worker": 1},
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        values[section][name] = value
+    file = folder.with_suffix(".yaml")
+    file.write_text(to_yaml(load_config(values).model_dump(mode="json")))
+    return file
+
+
+@contextmanager
+def started(file: Path, *options: str, fault: str | None = None) -> Iterator[subprocess.Popen[str]]:
+    """The command under way; killed at the end if it still runs, by its process id."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    if fault:
+        environment |= {"SIMCLR_RAY_FAULT": fault, "PYTHONPATH": str(INJECT)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "simclr_ray.cli", "pretrain", str(file), *options],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def run(file: Path, *options: str, fault: str | None = None, timeout_s: float = 240.0) -> tuple[int, str]:
+    """The command to its end: exit code, and all it printed."""
+    with started(file, *options, fault=fault) as process:
+        output, _ = process.communicate(timeout=timeout_s)
+        return process.returncode, output
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """By step."""
+    return {record.step: record.values["train/loss"] for record in read_jsonl(folder / "metrics.jsonl")}
+
+
+def wait_for(condition: Callable[[], bool], *, timeout_s: float = 120.0) -> None:
+    """A fault is scheduled by what has happened, not by luck."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "the moment for the fault never came"
+        time.sleep(0.02)
+
+
+def steps_done(folder: Path) -> int:
+    """Steps in the metrics so far."""
+    file = folder / "metrics.jsonl"
+    return len(read_jsonl(file)) if file.exists() else 0
+
+
+def committed(folder: Path) -> list[int]:
+    """Steps with a checkpoint."""
+    return committed_steps(str(folder / "checkpoints"))
+
+
+def train_workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Ray Train's workers below a command."""
+    below = psutil.Process(process.pid).children(recursive=True)
+    return [one for one in below if "RayTrainWorker" in " ".join(_command(one))]
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []

@@ -1,0 +1,68 @@
+"""Faults inside train workers, for tests: Python imports this at start when its folder is on PYTHONPATH.
+
+SIMCLR_RAY_FAULT="nan rank=1 step=7" makes one pixel of that rank's images of that step NaN, as a broken memory would.
+"hang rank=1 step=7" lets the rank sleep there for ever, once: a file beside the run says that it has happened.
+Nothing of this is in the package; the module under test is imported as it is, and one of its functions wrapped.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import os
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+MODULE = "simclr_ray.train.worker"
+
+
+def install(module: ModuleType, kind: str, rank: int, step: int, once: str) -> None:
+    import torch.distributed as dist
+
+    current: dict[str, int] = {}
+    batches, images = module._batches, module._images
+
+    def watched_batches(*arguments: Any, **options: Any) -> Any:
+        for batch in batches(*arguments, **options):
+            current["step"] = batch.step
+            yield batch
+
+    def disturbed_images(*arguments: Any, **options: Any) -> Any:
+        pixels = images(*arguments, **options)
+        if current.get("step") == step and dist.get_rank() == rank:
+            if kind == "nan":
+                pixels = pixels.clone()
+                pixels[3, 0, 0, 0] = float("nan")
+            elif kind == "hang" and not Path(once).exists():
+                Path(once).touch()
+                time.sleep(3600)
+        return pixels
+
+    module._batches, module._images = watched_batches, disturbed_images
+
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name != MODULE:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            kind, *parts = os.environ["SIMCLR_RAY_FAULT"].split()
+            values = dict(part.split("=", 1) for part in parts)
+            install(module, kind, int(values["rank"]), int(values["step"]), values.get("once", ""))
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+if os.environ.get("SIMCLR_RAY_FAULT"):
+    sys.meta_path.insert(0, Finder())

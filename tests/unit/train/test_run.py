@@ -1,0 +1,43 @@
+"""The run folder: what may be one, and what is removed to start afresh."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from simclr_ray.errors import ConfigError
+from simclr_ray.train.run import RunFolder, look_at_run, start_afresh
+
+
+def contents(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_row_46_a_folder_that_cannot_be_a_run_is_refused_before_any_write(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(ConfigError, match="is a file"):
+        look_at_run(str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match=r"holds no run.*thesis\.tex"):
+        look_at_run(str(tmp_path / "other"))
+    if os.geteuid() != 0:  # root may write anywhere
+        (tmp_path / "read-only").mkdir(mode=0o500)
+        with pytest.raises(ConfigError, match="cannot be written"):
+            look_at_run(str(tmp_path / "read-only"))
+        (tmp_path / "read-only").rmdir()
+    assert contents(tmp_path) == before
+    assert look_at_run(str(tmp_path / "new")).info() is None
+
+
+def test_starting_afresh_removes_what_a_run_writes_and_nothing_else(tmp_path: Path) -> None:
+    run = RunFolder(str(tmp_path))
+    run.update(identity={})
+    (tmp_path / "checkpoints" / "step-000000001").mkdir(parents=True)
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "notes.txt").write_text("mine")
+    start_afresh(run)
+    assert contents(tmp_path) == ["notes.txt"]
