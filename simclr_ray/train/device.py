@@ -1,11 +1,13 @@
 """From the views of the stream to views on the device that trains: the smallest thing to move, while it computes.
 
 On CUDA the copy goes from pinned memory on a stream of its own, so it runs beside the step that the device is still
-busy with; so do the colours, where `views.where` is `gpu`, and the copies of their parameters, one for each group of
-images. The host waits for none of it.
+busy with (`ahead` begins it then); so do the colours, where `views.where` is `gpu`, and the copies of their parameters,
+one for each group of images. The host waits for none of it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -30,16 +32,31 @@ class ViewsOnDevice:
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def __call__(self, batch: StepBatch) -> Tensor:
-        """Finished views (n, 2, S, S, 3), uint8, on the device."""
+    def bring(self, batch: StepBatch) -> Callable[[], Tensor]:
+        """Begin to bring the views of a batch.
+
+        Returns:
+            What gives them: finished views (n, 2, S, S, 3), uint8, on the device, for the work that is queued after.
+        """
         if self._stream is None:
-            return self._finish(batch.views, batch)
-        with torch.cuda.stream(self._stream):
+            views = self._finish(batch.views, batch)
+            return lambda: views
+        stream = self._stream
+        with torch.cuda.stream(stream):
             views = self._finish(batch.views.pin_memory().to(self._device, non_blocking=True), batch)
-        current = torch.cuda.current_stream(self._device)
-        current.wait_stream(self._stream)
-        views.record_stream(current)  # or its memory could be handed out again while the step reads it
-        return views
+            there = stream.record_event()
+
+        def arrived() -> Tensor:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(there)
+            views.record_stream(current)  # or its memory could be handed out again while the step reads it
+            return views
+
+        return arrived
+
+    def __call__(self, batch: StepBatch) -> Tensor:
+        """The views of a batch, at once."""
+        return self.bring(batch)()
 
     def _finish(self, views: Tensor, batch: StepBatch) -> Tensor:
         return views if self._where == "cpu" else finish_colours(views, batch, self._policy, seed=self._seed)

@@ -67,6 +67,7 @@ def train_step(
     loss_of: Callable[[Tensor], NTXent],
     learning_rate: float,
     clip_gradient_norm: float | None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> StepNumbers:
     """Do one step and return its numbers.
 
@@ -78,6 +79,7 @@ def train_step(
         loss_of: NT-Xent of the projections (2n, D) of all micro-batches.
         learning_rate: Of this step.
         clip_gradient_norm: Largest gradient norm, or None.
+        meanwhile: Called once the backward pass has been handed to the device, before anything waits for it.
 
     Raises:
         NumericsError: a number is not finite, and the weights are as they were; on every rank alike, for all the
@@ -100,6 +102,7 @@ def train_step(
         norm,
     )
     numbers = StepNumbers(torch.stack([value.float() for value in means]), result.nonfinite_rows)
+    meanwhile()
     refuse_non_finite(numbers)
     optimizer.step()
     return numbers

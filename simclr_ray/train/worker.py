@@ -32,6 +32,7 @@ from simclr_ray.learn.optim import learning_rate_at, make_optimizer
 from simclr_ray.model.batch_norm import batch_norms, calibrating, synchronise_batch_norm
 from simclr_ray.model.simclr import SimCLR
 from simclr_ray.train import checkpoint as ckpt
+from simclr_ray.train.ahead import OneAhead
 from simclr_ray.train.batches import Shares, StepBatch, step_batches
 from simclr_ray.train.cluster import usable_cores
 from simclr_ray.train.derive import Derived, policy_of
@@ -92,13 +93,19 @@ def _train(order: WorkerOrder, pulse: Pulse) -> None:
     step_log = StepLog(config, derived, order.run, order.desk, rank=rank, device=device, attempt=attempt, start=start)
     saves = Saves(order.run.checkpoints, config.train, derived.total_steps, order.desk, rank=rank, device=device)
     views_on_device = ViewsOnDevice(device, policy, seed=config.run.seed, where=order.where)
+    ahead = OneAhead(_batches(order, rank, world_size, first_step=start.step), views_on_device.bring)
 
     def encode(views: Tensor) -> Tensor:
         with autocast():
             return cast(Tensor, parallel(_images(views, policy, channels_last=config.train.channels_last)))
 
-    def step(batch: StepBatch) -> None:
-        micro_batches = torch.split(views_on_device(batch), list(batch.micro_batches))
+    def fetch(step: int) -> None:
+        pulse.at(step, "data")
+        ahead.fetch()
+        pulse.at(step, "compute")
+
+    def step(batch: StepBatch, views: Tensor) -> None:
+        micro_batches = torch.split(views, list(batch.micro_batches))
         if config.model.batch_norm == "frozen" and batch.step == 0:
             _calibrate(model, encode, micro_batches)
         with _offenders_named(batch, micro_batches, encode, order.desk):
@@ -110,17 +117,18 @@ def _train(order: WorkerOrder, pulse: Pulse) -> None:
                 loss_of=_loss(config, batch, first=batch.step == start.step),
                 learning_rate=_learning_rate(order, batch.step),
                 clip_gradient_norm=config.optim.clip_gradient_norm,
+                meanwhile=functools.partial(fetch, batch.step),
             )
         step_log.take(batch, numbers)
 
     with step_log, saves:
         pulse.begin(on_answer=saves.listen, every_s=RANK_0_EVERY_S if rank == 0 else EVERY_S)
         pulse.at(start.step, "data")
-        for batch in _batches(order, rank, world_size, first_step=start.step):
-            done = batch.step + 1
+        for ready in ahead:
+            batch, done = ready.batch, ready.batch.step + 1
             pulse.at(batch.step, "compute")
             if batch.step not in order.left_out:
-                step(batch)
+                step(batch, ready.arrived())
             if batch.step == start.step:  # what takes long once is behind: from here on, a silent rank is a lost one
                 dist.set_timeout(timedelta(seconds=config.cluster.collective_timeout_s))
             verdict = saves.agree(done)

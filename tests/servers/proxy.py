@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 HOST = "127.0.0.1"
 PIECE = 64 << 10
-Kind = Literal["status", "reset", "stall", "cut", "length", "slow", "flip", "lost", "unrange"]
+Kind = Literal["status", "reset", "stall", "cut", "length", "slow", "flip", "lost", "unrange", "late"]
 
 
 @dataclass
@@ -42,6 +42,7 @@ class Fault:
     slow: pass the body at `rate` bytes a second.
     flip: change the body's byte at `after`.
     lost: let the server do its work, then reset the connection in place of its answer.
+    late: wait `seconds` before asking the server, as a distant one takes to answer.
     unrange: answer without saying which range this is, as stores without ranges do.
     """
 
@@ -135,6 +136,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault is not None and fault.kind == "status":
             self._refuse(fault)
             return
+        if fault is not None and fault.kind == "late":
+            self.proxy.closing.wait(fault.seconds)
         upstream = http.client.HTTPConnection(*self.proxy.upstream, timeout=60)
         try:
             upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)

@@ -1,0 +1,143 @@
+"""Claim: images stream from an object store nearly as fast as from a local disk, in few requests.
+
+    python benchmarks/store.py [--part read listing] [--photos DIR] [--quick]
+
+read     the same shards of photo crops (500 x 375, 40 kB) on a local disk and on a real S3 server (SeaweedFS) on this
+         machine: units through the views' stage by one process, in turns; requests and bytes an image; time to the
+         first unit; and with every answer of the server delayed, as by a network
+listing  `simclr-ray index`'s listing of 500 to 8,000 objects: seconds and requests against their number
+
+Server and reader share the machine's cores, so the ratio is a floor: what the server takes is counted against S3.
+Writes benchmarks/results/store.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from ingest_data import pack_crops
+from machine import write_part
+from views_photos import find_photos
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from simclr_ray import storage  # noqa: E402
+from simclr_ray.data.decode import Limits  # noqa: E402
+from simclr_ray.data.listing import list_folder  # noqa: E402
+from simclr_ray.data.manifest import Manifest, read_manifest  # noqa: E402
+from simclr_ray.data.plan import Plan, UnitTable  # noqa: E402
+from simclr_ray.data.units import plan_tasks, read_task  # noqa: E402
+from simclr_ray.views.policy import preset  # noqa: E402
+from simclr_ray.views.stage import ViewStage  # noqa: E402
+from tests.servers.proxy import Fault, Proxy  # noqa: E402
+from tests.servers.seaweed import Seaweed  # noqa: E402
+
+FILE = ROOT / "benchmarks/results/store.json"
+DELAY_S = 0.05
+UNITS_PER_TASK = 8
+
+
+def units_per_s(manifest: Manifest, units: int, stage: ViewStage) -> dict[str, float]:
+    """Read units of the first epoch, in the tasks and with the reading ahead of the stream, and make their views."""
+    tasks = plan_tasks(manifest, Plan(UnitTable(manifest), 1), 0, units, UNITS_PER_TASK)
+    before, first = storage.counters(), None
+    started = time.monotonic()
+    images = 0
+    for task in tasks:
+        for table in read_task(task):
+            first = first if first is not None else time.monotonic() - started
+            stage.columns({name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names})
+            images += len(table)
+    seconds, after = time.monotonic() - started, storage.counters()
+    assert first is not None
+    return {
+        "images_per_s": images / seconds,
+        "first_unit_s": first,
+        "requests_an_image": (after.requests - before.requests) / images,
+        "bytes_an_image": (after.bytes - before.bytes) / images,
+    }
+
+
+def read(server: Seaweed, scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
+    units, rounds = (8, 2) if args.quick else (48, 5)
+    local = pack_crops(find_photos(args.photos), scratch / "crops", units, seed=0)
+    for file in sorted((scratch / "crops").iterdir()):
+        storage.write_bytes(f"s3://bench/crops/{file.name}", file.read_bytes())
+    stage = ViewStage(preset("imagenet"), 1, Limits())
+    torch.set_num_threads(1)
+    places = {"local disk": (local, None), "S3": (read_manifest("s3://bench/crops"), server.endpoint)}
+    with Proxy(server.endpoint) as proxy:
+        proxy.fault(Fault("late", times=-1, seconds=DELAY_S))
+        places[f"S3, answers {1000 * DELAY_S:.0f} ms late"] = (places["S3"][0], proxy.endpoint)
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in places}
+        for turn in range(rounds):
+            for name in list(places)[turn % 3 :] + list(places)[: turn % 3]:
+                manifest, endpoint = places[name]
+                storage.configure(storage.StorageSettings(endpoint=endpoint))
+                found[name].append(units_per_s(manifest, units, stage))
+    result = {name: {key: median(run[key] for run in runs) for key in runs[0]} for name, runs in found.items()}
+    floor = result["local disk"]["images_per_s"]
+    print(f"\n{units * local.unit_rows} images, {rounds} turns, one process")
+    print(f"  {'':<26}{'images/s':>10}{'of local':>10}{'first unit, s':>15}{'requests/image':>16}{'bytes/image':>13}")
+    for name, one in result.items():
+        one["of_local"] = one["images_per_s"] / floor
+        print(
+            f"  {name:<26}{one['images_per_s']:>10.0f}{one['of_local']:>10.0%}{one['first_unit_s']:>15.3f}"
+            f"{one['requests_an_image']:>16.4f}{one['bytes_an_image']:>13,.0f}"
+        )
+    return result
+
+
+def put(folder: str, count: int) -> None:
+    """Small objects in 100 folders, so that a listing can fan out."""
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda i: storage.write_bytes(f"{folder}/{i % 100:02d}/{i:06d}.jpg", b"x"), range(count)))
+
+
+def listing(server: Seaweed, scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
+    result = {}
+    storage.configure(storage.StorageSettings(endpoint=server.endpoint))
+    print(f"\n  {'objects':>10}{'seconds':>10}{'requests':>10}{'objects/s':>12}")
+    for count in (100, 400) if args.quick else (500, 2000, 8000):
+        folder = f"s3://bench/loose-{count}"
+        put(folder, count)
+        before, started = storage.counters(), time.monotonic()
+        found = list_folder(folder, str(scratch / f"listing-{count}"))
+        seconds, requests = time.monotonic() - started, storage.counters().requests - before.requests
+        assert found is not None
+        result[str(count)] = {"seconds": seconds, "requests": requests}
+        print(f"  {count:>10,}{seconds:>10.2f}{requests:>10}{count / seconds:>12,.0f}")
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", nargs="*", choices=("read", "listing"), default=("read", "listing"))
+    parser.add_argument("--photos", type=Path)
+    parser.add_argument("--quick", action="store_true", help="small and unrecorded")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        server = Seaweed(Path(scratch, "s3"), buckets=("bench",))
+        os.environ.update(server.environment())
+        server.start()
+        try:
+            for part in args.part:
+                result = {"read": read, "listing": listing}[part](server, Path(scratch), args)
+                if not args.quick:
+                    write_part(part, result, FILE, ("read", "listing"))
+        finally:
+            server.stop()
+
+
+if __name__ == "__main__":
+    main()
