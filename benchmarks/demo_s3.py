@@ -11,6 +11,7 @@ differs. Writes benchmarks/results/demo_s3.json.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ import threading
 import time
 from pathlib import Path
 
+from benchmarks.machine import machine
 from simclr_ray import storage
 from simclr_ray.observe.metrics import Record, read_jsonl
 from tests.servers.seaweed import Seaweed
@@ -49,7 +51,10 @@ def settings(data: str, run: str, steps: int) -> list[str]:
 def outage(server: Seaweed, run: str, *, after_step: int, seconds: float, log: list[str]) -> None:
     """Kill the server once a checkpoint of `after_step` is committed, and start it again."""
     marker = storage.join(run, "checkpoints", f"step-{after_step:09d}", "COMMIT.json")
+    end = time.monotonic() + 600
     while not storage.exists(marker):
+        if time.monotonic() > end:
+            return
         time.sleep(0.2)
     server.kill()
     log.append(f"server killed after the checkpoint of step {after_step}")
@@ -90,27 +95,32 @@ def run(server: Seaweed, scratch: Path, steps: int, outage_s: float) -> int:
     simclr_ray("pretrain", *settings(f"{local}/train", f"{local}/run", steps))
     local_s = time.monotonic() - started
     killer = threading.Thread(
-        target=outage, args=(server, "s3://demo/run"),
+        target=outage, args=(server, "s3://demo/run"), daemon=True,
         kwargs={"after_step": CHECKPOINT_EVERY, "seconds": outage_s, "log": log},
     )  # fmt: skip
     killer.start()
     started = time.monotonic()
     simclr_ray("pretrain", *settings("s3://demo/train", "s3://demo/run", steps))
     s3_s = time.monotonic() - started
-    killer.join()
+    killer.join(timeout=60)
     (scratch / "metrics.jsonl").write_bytes(storage.read_bytes("s3://demo/run/metrics.jsonl"))
     ours = losses(read_jsonl(Path(local, "run/metrics.jsonl")))
-    theirs = losses(read_jsonl(scratch / "metrics.jsonl"))
+    records = read_jsonl(scratch / "metrics.jsonl")
+    theirs = losses(records)
     equal = sum(ours[step] == theirs.get(step) for step in ours)
     attempts = json.loads(storage.read_bytes("s3://demo/run/run.json"))["attempts"]
     print(f"\nlocal disk: {len(ours)} steps in {local_s:.0f} s; S3: {len(theirs)} steps in {s3_s:.0f} s, {attempts} "
           f"attempt{'s' * (attempts > 1)}; {', '.join(log)}")  # fmt: skip
     print(f"losses equal in every digit: {equal} of {len(ours)}")
+    # Without an outage there was nothing to survive.
+    longest = max(b - a for a, b in itertools.pairwise(sorted(record.wall_s for record in records)))
+    happened = len(log) == 2 and equal > CHECKPOINT_EVERY
     result = {
-        "steps": len(ours), "equal": equal, "local_s": local_s, "s3_s": s3_s, "attempts": attempts, "outage": log,
+        "machine": machine(), "steps": len(ours), "equal": equal, "local_s": local_s, "s3_s": s3_s,
+        "attempts": attempts, "outage": log, "longest_step_s": longest,
     }  # fmt: skip
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    return 0 if equal == len(ours) == len(theirs) else 1
+    return 0 if happened and equal == len(ours) == len(theirs) == steps else 1
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ TURN_S = 0.25
 DRAWS = 1 << 16
 """Numbers of passes from one round to the next: what is ours has the same draws in the same round."""
 STAGE_MEMORY = 2 << 20
-"""Bytes that `ViewStage` decodes into before it makes views of them."""
+"""Bytes that `ViewStage` decodes into before it makes views of them, or the largest image if that is more."""
 
 
 class Turn(NamedTuple):
@@ -194,7 +194,7 @@ def alone(encoded: Encoded, policy: Policy) -> dict[str, Pass]:
         headers.append(header)
     sizes = np.array([(header.height, header.width) for header in headers])
     ids, zeros = np.arange(len(encoded)), np.zeros(len(encoded), np.int64)
-    memory = np.empty(STAGE_MEMORY, dtype=np.uint8)
+    memory = np.empty(max(STAGE_MEMORY, 3 * int(sizes.prod(axis=1).max())), dtype=np.uint8)
     at_once = max(1, STAGE_MEMORY // (3 * int(sizes.prod(axis=1).max())))
     group = np.zeros((at_once, 2, policy.size, policy.size, 3), dtype=np.uint8)
 

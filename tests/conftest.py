@@ -12,6 +12,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "120")
 
+import hypothesis
 import pytest
 
 from simclr_ray import storage
@@ -28,6 +29,9 @@ for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "SIMCLR_RAY
 # Before Ray starts, so that its workers have them too: no test can reach a store or a key of the machine it runs on.
 os.environ.update(seaweed.Seaweed(Path("unused"), port=S3_PORT).environment())
 os.environ.update(AWS_CONFIG_FILE=os.devnull, AWS_SHARED_CREDENTIALS_FILE=os.devnull, AWS_EC2_METADATA_DISABLED="true")
+
+hypothesis.settings.register_profile("laws", deadline=None)  # laws are about results; a busy machine is no failure
+hypothesis.settings.load_profile("laws")
 
 ROOT = Path(__file__).parents[1]
 FASHION = ROOT / "jobs" / "data" / "fashion-mnist"

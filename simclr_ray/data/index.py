@@ -1,8 +1,8 @@
 """Make a data set of what is there already: a manifest over tars, Parquet files or loose images where they lie.
 
-Listing, opening and writing lists go on after a kill with what was done; the manifest is written last. Samples keep
-the order of the URIs, but loose images are put into an order by seed: neighbours in a folder would else be read as
-one unit and end up in one batch.
+Listing, opening and writing lists go on after a kill with what was done, unless the source is a list that changed; the
+manifest is written last. Samples keep the order of the URIs, but loose images are put into an order by seed, up to
+`SHUFFLED_WHOLE` of them: neighbours in a folder would else be read as one unit and end up in one batch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -36,9 +36,11 @@ from simclr_ray.data.manifest import (
     write_manifest,
 )  # fmt: skip
 from simclr_ray.data.open_shards import open_batch
+from simclr_ray.data.read import IMAGE_BYTES
 from simclr_ray.data.shards import shuffled
-from simclr_ray.data.sources import Found, Labels, SourceKind, look
-from simclr_ray.data.work import LISTING, OPENED, REJECTED_NAME, REPORT_NAME, Claim, claim, finish
+from simclr_ray.data.sizes import Sizes, reads_of_a_byte
+from simclr_ray.data.sources import Found, Labels, SourceKind, look, state_of
+from simclr_ray.data.work import LISTING, OPENED, REJECTED_NAME, REPORT_NAME, SOURCE_STATE, Claim, claim, finish
 from simclr_ray.errors import ConfigError, DataError
 
 SHARDS_A_TASK = 16
@@ -46,6 +48,8 @@ LIST_ROWS = 8192
 """Images of one list: at 64 a unit its footer has 128 row groups, some 50 kB that each reader of it fetches once."""
 SHUFFLED_WHOLE = 4_000_000
 """Loose images that are put into one random order; more stay in the order of their URIs, and only units are mixed."""
+MOST_READS = 2.0
+"""Bytes read for each byte of images stored, above which packing is advised."""
 _WRITERS = 16
 _DETAIL_LENGTH = 500
 _MANIFEST_COLUMNS = ("uri", "kind", "digest", "version", "bytes", "rows_per_group", "offsets")
@@ -80,6 +84,8 @@ class IndexReport:
     """Reason -> shards that are left out, or of which only a part is used (`shard_truncated`)."""
     counts: Mapping[str, int]
     """Further counts, as in `index_report.json`."""
+    notes: Sequence[str] = ()
+    """Sentences about what training over the index will be like, also in `index_report.json`."""
 
 
 def index(
@@ -105,13 +111,14 @@ def index(
     options = options or IndexOptions()
     if storage.exists(storage.join(source, MANIFEST_NAME)):
         raise ConfigError("is a data set already, which can be trained on as it is", where=source)
-    claimed = claim(destination, {"verb": "index", "source": source} | asdict(options))
+    settings = {"verb": "index", "source": source, SOURCE_STATE: state_of(source, options.kind)}
+    claimed = claim(destination, settings | asdict(options))
     found = survey(source, destination, options, claimed)
     with ray_ready():
         manifest = build(found, source, destination, options)
     report = json.loads(storage.read_bytes(storage.join(destination, REPORT_NAME)))
     finish(destination)
-    return IndexReport(manifest, report["rejected"], report["counts"])
+    return IndexReport(manifest, report["rejected"], report["counts"], report["notes"])
 
 
 def survey(source: str, folder: str, options: IndexOptions, claimed: Claim) -> Found | None:
@@ -146,7 +153,7 @@ def build(found: Found | None, source: str, folder: str, options: IndexOptions) 
         return read_manifest(source)
     made = _lists(found, folder, options) if found.kind == "objects" else _opened(found, source, folder, options)
     about: dict[str, Any] = {"source": source, "kind": found.kind, "labels": options.labels}
-    about |= {"files": found.entries.rows, "bytes": found.entries.bytes}
+    about |= {"files": found.entries.rows, "bytes": found.entries.bytes} | made.about
     manifest = replace(made.manifest, source=about | {"seed": options.seed} if made.shuffled else about)
     counts = dict(made.counts) | {"shards": len(manifest.shards), "images": manifest.rows}
     if isinstance(found.entries, Listing):
@@ -154,6 +161,7 @@ def build(found: Found | None, source: str, folder: str, options: IndexOptions) 
         counts["listing_jobs"] = len(found.entries.parts)
     counts |= {f"listed_{kind}": count for kind, count in sorted(found.entries.kinds.items())}
     report = {**about, "rejected": Counter(entry["reason"] for entry in made.rejected), "counts": counts}
+    report |= {"read_per_stored": round(reads_of_a_byte(manifest), 2), "notes": _notes(manifest, found.kind)}
     if made.rejected:
         write_table(storage.join(folder, REJECTED_NAME), pa.Table.from_pylist(made.rejected, schema=REJECTED_SCHEMA))
     storage.write_bytes(storage.join(folder, REPORT_NAME), json.dumps(report, indent=1).encode())
@@ -168,6 +176,27 @@ class _Made:
     counts: Mapping[str, int]
     shuffled: bool = False
     """Whether the rows are in an order by seed."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """What else is noted in the manifest's `source`."""
+
+
+def _notes(manifest: Manifest, kind: str) -> list[str]:
+    """What training over an index will be like, in sentences."""
+    times = reads_of_a_byte(manifest)
+    note = f"training will read {times:.1f} bytes for each byte of images stored"
+    if times > MOST_READS:
+        note += (
+            f", for a unit of {manifest.unit_rows} reads all of its row group, and these are larger; pack the source, "
+            "which makes small ones"
+        )
+    if kind != "objects" or "seed" in manifest.source:
+        return [note]
+    order = (
+        f"these are more than {SHUFFLED_WHOLE:,} loose images: they stay in the order of their URIs, so that neighbours "
+        f"of one folder share a unit of {manifest.unit_rows} and only units are mixed; pack the source, which mixes "
+        "more, or give a list in a random order"
+    )
+    return [note, order]
 
 
 def _refuse_labels(source: str, kind: str, labels: Labels) -> None:
@@ -186,7 +215,8 @@ def _refuse_labels(source: str, kind: str, labels: Labels) -> None:
 def _lists(found: Found, folder: str, options: IndexOptions) -> _Made:
     """Lists of loose images, in an order by seed where they fit into memory."""
     classes = _classes(found, options.labels)
-    tables: Iterator[pa.Table] = (_numbered(table, classes, options.labels) for table in found.tables())
+    sizes = Sizes(found.entries.rows)
+    tables: Iterator[pa.Table] = (_numbered(table, classes, options.labels) for table in map(sizes.seen, found.tables()))
     whole_order = found.entries.rows <= SHUFFLED_WHOLE
     if whole_order:
         whole = pa.concat_tables(tables).combine_chunks()
@@ -197,7 +227,9 @@ def _lists(found: Found, folder: str, options: IndexOptions) -> _Made:
             for some in _batches(_rechunked(tables, LIST_ROWS), 4 * _WRITERS)
             for shard in pool.map(lambda one: _write_list(folder, one[0], one[1], options.unit_rows), some)
         ]
-    return _Made(Manifest(folder, shards, unit_rows=options.unit_rows, classes=classes), [], {}, whole_order)
+    manifest = Manifest(folder, shards, unit_rows=options.unit_rows, classes=classes)
+    mean = sizes.mean()
+    return _Made(manifest, [], {}, whole_order, {} if mean is None else {IMAGE_BYTES: mean})
 
 
 def _classes(found: Found, labels: Labels) -> tuple[str, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,9 +15,7 @@ from simclr_ray.data.ranges import LostShard
 from simclr_ray.data.read import LOST, RowRange, read_range
 from simclr_ray.data.read_tar import KEY
 from simclr_ray.data.sources import StoredFile
-
-READERS = 4
-"""Groups of a task that are read at a time; loose images of a group have further threads of their own."""
+from simclr_ray.data.units import BYTES_AHEAD, read_ahead
 
 
 class Row(NamedTuple):
@@ -68,19 +65,17 @@ def columns_of(manifest: Manifest, label: str | None) -> Columns:
 
 
 def read_inputs(ranges: Sequence[RowRange], columns: Columns) -> Iterator[Row]:
-    """Rows of some ranges, in order; the next ranges are read meanwhile.
+    """Rows of some ranges, in order; the next ranges are read meanwhile, about `BYTES_AHEAD` of them or one.
 
     Raises:
         DataError: a shard is another one than was indexed.
         StorageError: the store fails.
     """
-    with ThreadPoolExecutor(READERS, thread_name_prefix="inputs") as pool:
-        try:
-            for rows in pool.map(lambda one: _rows(one, columns), ranges):
-                yield from rows
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    ahead = read_ahead(
+        ranges, lambda one: _rows(one, columns), cost=lambda one: one.bytes_about, max_cost=BYTES_AHEAD
+    )
+    for rows in ahead:
+        yield from rows
 
 
 def _rows(where: RowRange, columns: Columns) -> list[Row]:

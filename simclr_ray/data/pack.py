@@ -35,16 +35,16 @@ from simclr_ray.data.inputs import Columns, Row, columns_of, read_inputs
 from simclr_ray.data.manifest import MANIFEST_NAME, UNIT_ROWS, Manifest, Shard, read_manifest, write_manifest
 from simclr_ray.data.pack_order import PackOrder
 from simclr_ray.data.plan import PACK_DOMAIN, permutation
-from simclr_ray.data.read import RowRange, resolve
+from simclr_ray.data.read import RowRange, object_bytes, resolve
 from simclr_ray.data.shards import ImageRow, write_shard
 from simclr_ray.data.shrink import Shrink, Stored, shrink
-from simclr_ray.data.sources import Labels, SourceKind
-from simclr_ray.data.work import HASHES, INDEX, PARTS, REJECTED_NAME, claim, finish
+from simclr_ray.data.sources import Labels, SourceKind, state_of
+from simclr_ray.data.work import HASHES, INDEX, PARTS, REJECTED_NAME, SOURCE_STATE, claim, finish
 from simclr_ray.errors import ConfigError, DataError
 
 _READERS = 32
-_IMAGE_BYTES = 100_000
-"""Guess at an image whose size no one knows, as in a list."""
+_MOST_SHARDS = 2
+"""A task's shard ends at so many times its wanted size, and another one follows: it is held in memory until then."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,10 @@ class _Rewrite:
     columns: Columns
     seed: int | None
     """Of the order inside a shard; None keeps that of the rows."""
+    tasks: int
+    """Of the whole pack, each of which writes one shard, or several where images are far larger than their mean."""
+    most_bytes: int
+    """Images that a task holds at a time, about."""
 
 
 def pack(
@@ -128,8 +132,8 @@ def pack(
         raise ConfigError("the distance of duplicates", got=distance, expected=f"0 to {LARGEST_DISTANCE} bits")
     options = IndexOptions(kind, column, labels, label_column, seed, unit_rows)
     limits = limits or Limits()
-    settings = {"verb": "pack", "source": source, "shard_bytes": shard_bytes, "deduplicate": deduplicate}
-    settings |= {"distance": distance, "limits": asdict(limits), "encode": asdict(encode) if encode else None}
+    settings = {"verb": "pack", "source": source, SOURCE_STATE: state_of(source, kind), "shard_bytes": shard_bytes}
+    settings |= {"deduplicate": deduplicate, "distance": distance, "limits": asdict(limits), "encode": asdict(encode) if encode else None}
     claimed = claim(destination, settings | asdict(options))
     if claimed.begun and storage.exists(storage.join(destination, MANIFEST_NAME)):
         finish(destination)  # killed after its last write
@@ -149,9 +153,10 @@ def pack(
         # Lists of loose images are in an order by seed already.
         shuffle = None if not own and "seed" in indexed.source else seed
         order = PackOrder(indexed, rows_each, seed=shuffle)
-        parts = _written(
-            indexed, order, duplicates.dropped, _Rewrite(destination, unit_rows, limits, encode, columns, shuffle)
+        rewrite = _Rewrite(
+            destination, unit_rows, limits, encode, columns, shuffle, len(order), _MOST_SHARDS * shard_bytes
         )
+        parts = _written(indexed, order, duplicates.dropped, rewrite)
     if deduplicate != "none":
         dedupe.write_report(duplicates, hashes, destination, rows_each)
     about = {"source": source, "seed": seed, "files": indexed.rows, "duplicates": len(duplicates.dropped)}
@@ -159,10 +164,9 @@ def pack(
 
 
 def _rows_per_shard(indexed: Manifest, shard_bytes: int, unit_rows: int, encode: Shrink | None) -> int:
-    """Whole units a shard, by the mean size of an image; 100 KB where that is not known."""
+    """Whole units a shard, by the mean size of an image."""
     listed = len(indexed.table) > 0 and indexed.table.text("kind", 0) == "objects"
-    total = int(indexed.source.get("bytes", 0)) if listed else int(indexed.table.bytes.sum())
-    mean = max(1, total // max(1, indexed.rows)) if total else _IMAGE_BYTES
+    mean = object_bytes(indexed) if listed else max(1, int(indexed.table.bytes.sum()) // max(1, indexed.rows))
     if encode is not None:  # a JPEG of quality 90 has about a quarter of a byte a pixel, and 4:3 is usual
         mean = max(1, min(mean, encode.short_side**2 // 3))
     return max(1, shard_bytes // (mean * unit_rows)) * unit_rows
@@ -199,10 +203,22 @@ def _among(dropped: np.ndarray, ranges: Sequence[RowRange]) -> list[int]:
 
 
 def pack_one(number: int, ranges: Sequence[RowRange], dropped: Sequence[int], rewrite: _Rewrite) -> dict[str, Any]:
-    """One task: read, check and write one shard, then note that it is done."""
+    """One task: read, check and write one shard, then note that it is done.
+
+    Where the images are so much larger than their mean that they would fill `rewrite.most_bytes`, the shard ends after
+    a whole unit and the rest follows in further ones, numbered after those of all other tasks.
+    """
     kept: list[ImageRow] = []
+    shards: list[dict[str, Any]] = []
     rejected: list[dict[str, str]] = []
-    away, encoded_anew = set(dropped), 0
+    away, encoded_anew, held, largest = set(dropped), 0, 0, -1
+
+    def write() -> None:
+        nonlocal held
+        shards.append(asdict(_write(number + len(shards) * rewrite.tasks, kept, rewrite)))
+        kept.clear()
+        held = 0
+
     for row in read_inputs(ranges, rewrite.columns):
         if row.sample_id in away:
             continue
@@ -210,16 +226,25 @@ def pack_one(number: int, ranges: Sequence[RowRange], dropped: Sequence[int], re
         if isinstance(stored, Stored):
             kept.append(ImageRow(stored.data, row.label, row.uri))
             encoded_anew += stored.encoded_anew
+            held += len(stored.data)
+            largest = max(largest, -1 if row.label is None else row.label)
         else:
             rejected.append(stored)
-    if rewrite.seed is not None:
-        order = permutation(len(kept), seed=rewrite.seed, epoch=0, unit=number + 1, domain=PACK_DOMAIN)
-        kept = [kept[i] for i in order]
-    shard = asdict(write_shard(rewrite.folder, number, kept, rewrite.unit_rows)) if kept else None
-    largest = max((row.label for row in kept if row.label is not None), default=-1)
-    note = {"index": number, "shard": shard, "rejected": rejected, "encoded_anew": encoded_anew, "largest": largest}
+        if held >= rewrite.most_bytes and len(kept) % rewrite.unit_rows == 0:
+            write()
+    if kept:
+        write()
+    note = {"index": number, "shards": shards, "rejected": rejected, "encoded_anew": encoded_anew, "largest": largest}
     storage.write_bytes(storage.join(rewrite.folder, PARTS, _note_name(number)), json.dumps(note).encode())
     return note
+
+
+def _write(number: int, rows: Sequence[ImageRow], rewrite: _Rewrite) -> Shard:
+    """Write rows as a shard, in an order by seed if that is wanted."""
+    if rewrite.seed is not None:
+        order = permutation(len(rows), seed=rewrite.seed, epoch=0, unit=number + 1, domain=PACK_DOMAIN)
+        rows = [rows[i] for i in order]
+    return write_shard(rewrite.folder, number, rows, rewrite.unit_rows)
 
 
 def _checked(row: Row, rewrite: _Rewrite) -> Stored | dict[str, str]:
@@ -244,7 +269,7 @@ def _committed(
     Raises:
         DataError: nothing is left.
     """
-    shards = tuple(Shard(**part["shard"]) for part in parts if part["shard"])
+    shards = tuple(Shard(**shard) for part in parts for shard in part["shards"])
     rejected = Counter(entry["reason"] for part in parts for entry in part["rejected"])
     if not shards:
         reasons = ", ".join(f"{count} {reason}" for reason, count in rejected.most_common())

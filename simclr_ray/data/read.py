@@ -18,8 +18,10 @@ from simclr_ray.data.ranges import Source
 from simclr_ray.errors import DataError
 
 LOST = read_objects.LOST
+IMAGE_BYTES = "image_bytes"
+"""Entry of a manifest's `source`: mean bytes of a loose image."""
 _OBJECT_BYTES = 128 << 10
-"""Guess at a loose image, whose size the manifest does not know."""
+"""Guess at a loose image where the manifest does not say."""
 
 
 class RowRange(NamedTuple):
@@ -66,7 +68,7 @@ def resolve(manifest: Manifest, piece: Piece) -> RowRange:
     begin, end = int(offsets[0]) if len(offsets) else None, size
     about = size * group_rows // max(1, int(table.first_rows[shard + 1] - table.first_rows[shard]))
     if kind == "objects":
-        about = _OBJECT_BYTES * (piece.stop - piece.start)
+        about = object_bytes(manifest) * (piece.stop - piece.start)
     if kind == "tar":
         if len(offsets) != len(table.groups_of(shard)) + 1:
             raise DataError("the manifest does not say where the groups of a tar are", where=source.uri,
@@ -74,6 +76,16 @@ def resolve(manifest: Manifest, piece: Piece) -> RowRange:
         begin, end = (int(offset) for offset in offsets[piece.group : piece.group + 2])
         about = end - begin
     return RowRange(source, piece.group, group_rows, piece.start, piece.stop, piece.first_sample_id, begin, end, about)
+
+
+def object_bytes(manifest: Manifest) -> int:
+    """Mean bytes of a data set's loose images, as far as it is known; at least 1."""
+    source = manifest.source
+    if IMAGE_BYTES in source:
+        return max(1, int(source[IMAGE_BYTES]))
+    if source.get("bytes") and source.get("files"):
+        return max(1, int(source["bytes"]) // int(source["files"]))
+    return _OBJECT_BYTES
 
 
 def read_range(rows: RowRange, columns: Sequence[str], image_column: str) -> pa.Table:

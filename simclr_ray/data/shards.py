@@ -31,6 +31,7 @@ def write_shard(folder: str, index: int, rows: Sequence[ImageRow], unit_rows: in
     """Write one shard and describe it for the manifest.
 
     Image bytes are already compressed, so the file is not; and dictionaries or statistics over them would only cost.
+    Pages have checksums, for no other covers a row group that is read alone.
     """
     table = pa.table(
         {
@@ -42,8 +43,9 @@ def write_shard(folder: str, index: int, rows: Sequence[ImageRow], unit_rows: in
     )
     buffer = io.BytesIO()
     pq.write_table(
-        table, buffer, row_group_size=unit_rows, compression="none", use_dictionary=False, write_statistics=False
-    )
+        table, buffer, row_group_size=unit_rows, compression="none", use_dictionary=False, write_statistics=False,
+        write_page_checksum=True,
+    )  # fmt: skip
     data = buffer.getvalue()
     name = f"shard-{index:05d}.parquet"
     version = storage.write_bytes(storage.join(folder, name), data)

@@ -8,10 +8,12 @@ services inside the cluster's network.
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, Protocol, get_args
 
 import pyarrow as pa
@@ -20,7 +22,7 @@ import pyarrow.parquet as pq
 
 from simclr_ray import storage
 from simclr_ray.data.listing import SCHEMA, Kind, kind_of, list_folder
-from simclr_ray.data.manifest import MANIFEST_NAME
+from simclr_ray.data.manifest import MANIFEST_NAME, read_manifest
 from simclr_ray.data.tar import IMAGE_SUFFIXES
 from simclr_ray.errors import ConfigError, DataError
 
@@ -31,6 +33,7 @@ URI_COLUMNS = ("uri", "url", "path")
 """What the column of addresses of a list may be called."""
 LIST_BYTES = 2 << 30
 """Largest list of text, which is read at once; lists in Parquet are read piece by piece."""
+_HASHED_AT_ONCE = 64 << 20
 _WEB = ("http://", "https://")
 
 
@@ -104,6 +107,43 @@ def look(
     else:
         entries = _folder(source, folder, leave_out)
     return Found(kind or _decide(source, entries), _with_something(source, entries, kind))
+
+
+def state_of(source: str, kind: SourceKind | None) -> str | None:
+    """What a source that is read anew whenever work on it goes on is at present: other for other content.
+
+    Of a data set it is the fingerprint; of a list, or a single shard, the store's version, or for a local file the
+    digest of its bytes, above `LIST_BYTES` its size and time of change. None for folders, whose listing is kept for as
+    long as the work goes on, and for what is not there.
+
+    Raises:
+        DataError: the manifest of a data set cannot be read.
+        StorageError: the store fails.
+    """
+    listed = source.rpartition(".")[2].lower() in ("txt", "csv")
+    if listed or kind_of(source) is not None:
+        try:
+            found = storage.stat(source)
+        except FileNotFoundError:
+            if listed:
+                return None
+        else:
+            if found.version is not None:
+                return f"version {found.version}"
+            if found.bytes > LIST_BYTES:
+                return f"{found.bytes:,} bytes of {found.modified}"
+            return f"digest {_digest(source, found.bytes)}"
+    if kind in (None, "data_set") and storage.exists(storage.join(source, MANIFEST_NAME)):
+        return f"fingerprint {read_manifest(source).fingerprint}"
+    return None
+
+
+def _digest(uri: str, size: int) -> str:
+    """Of a file's bytes, some at a time."""
+    hasher = hashlib.blake2b(digest_size=16)
+    for start in range(0, size, _HASHED_AT_ONCE):
+        hasher.update(storage.read_range(uri, start, min(size, start + _HASHED_AT_ONCE)))
+    return hasher.hexdigest()
 
 
 def _folder(source: str, folder: str, leave_out: Sequence[str]) -> Entries:
@@ -181,7 +221,7 @@ class TextList:
         """Not known, unless the list came from a store."""
         return pc.sum(self.table["bytes"]).as_py() or 0
 
-    @property
+    @cached_property
     def kinds(self) -> Counter[str]:
         """By suffix."""
         return Counter(kind_of(uri) or "other" for uri in self.table["uri"].to_pylist())
@@ -200,7 +240,7 @@ class ParquetList:
     label_column: str | None
     labels: bool
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Lines."""
         return int(self._open().metadata.num_rows)
@@ -210,9 +250,9 @@ class ParquetList:
         """Not known."""
         return 0
 
-    @property
+    @cached_property
     def kinds(self) -> Counter[str]:
-        """By suffix."""
+        """By suffix; found by reading the whole list, once."""
         return sum((TextList(table).kinds for table in self.tables()), Counter())
 
     def tables(self) -> Iterator[pa.Table]:

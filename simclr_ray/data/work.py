@@ -19,6 +19,8 @@ REJECTED_NAME = "rejected.parquet"
 REPORT_NAME = "index_report.json"
 SETTINGS_NAME = "_settings.json"
 """What a folder is being made from; there while the work is not finished."""
+SOURCE_STATE = "source_state"
+"""Setting under which `sources.state_of` is noted: lists and data sets are read anew when work goes on."""
 LISTING, OPENED = "_listing", "_opened"
 INDEX, HASHES, PARTS = "_index", "_hashes", "_parts"
 """Folders of a pack that is not finished: its index, hashes for finding duplicates, notes of the shards written."""
@@ -45,10 +47,11 @@ class Claim:
 def claim(folder: str, settings: Mapping[str, Any]) -> Claim:
     """Take a folder for some work, or go on with the same work there.
 
-    With other settings the work starts again from the listing, as long as no shard was written.
+    With other settings, or of a source that changed, the work starts again from the listing, as long as no shard was
+    written.
 
     Raises:
-        ConfigError: the folder holds something else, or shards of other settings.
+        ConfigError: the folder holds something else, or shards of other settings or of what the source was before.
     """
     uri = storage.join(folder, SETTINGS_NAME)
     try:
@@ -62,14 +65,20 @@ def claim(folder: str, settings: Mapping[str, Any]) -> Claim:
     for name in dict.fromkeys([*wanted, *begun]):
         if wanted.get(name) != begun.get(name):
             if storage.exists(storage.join(folder, PARTS)) or storage.exists(storage.join(folder, MANIFEST_NAME)):
-                raise ConfigError(
-                    f"the folder holds work with another {name}", where=folder, got=wanted.get(name),
-                    expected=f"{begun.get(name)}", fix="use the same settings to go on, or delete the folder",
-                )  # fmt: skip
+                raise _other_work(folder, name, got=wanted.get(name), begun=begun.get(name))
             _start_over(folder, keep_listing=wanted.get("source") == begun.get("source"))
             storage.write_bytes(uri, json.dumps(settings, indent=1).encode())
             break
     return Claim(folder, begun=True, existed=True)
+
+
+def _other_work(folder: str, name: str, *, got: object, begun: object) -> ConfigError:
+    """The error for work that cannot go on because the setting `name` is another one."""
+    what, fix = f"the folder holds work with another {name}", "use the same settings to go on, or delete the folder"
+    if name == SOURCE_STATE:
+        what = "the source changed since the work in this folder was begun, and old and new rows would be mixed"
+        fix = "put the source back as it was to go on, or delete the folder to begin again"
+    return ConfigError(what, where=folder, got=got, expected=f"{begun}", fix=fix)
 
 
 def _start_over(folder: str, *, keep_listing: bool) -> None:

@@ -11,6 +11,7 @@ from simclr_ray.configure import ConfigSource, load_config, use_storage
 from simclr_ray.data.decode import REASONS, Rejected, decode
 from simclr_ray.data.manifest import read_manifest
 from simclr_ray.data.plan import Plan, UnitTable
+from simclr_ray.data.units import plan_tasks, read_planned
 from simclr_ray.errors import ConfigError
 from simclr_ray.evaluate.pictures import Image, views_sheet
 from simclr_ray.train.derive import limits_of, policy_of
@@ -55,10 +56,9 @@ def preview(
     originals: list[Image] = []
     views: list[Image] = []
     lines: list[str] = []
-    from simclr_ray.data.stream import read_unit  # here, for it imports Ray
-
-    for index in range(min(table.num_units, -(-images // manifest.unit_rows))):
-        rows = read_unit(manifest, Plan(table, settings.run.seed).unit(index))
+    units = min(table.num_units, -(-images // manifest.unit_rows))
+    for task in plan_tasks(manifest, Plan(table, settings.run.seed), 0, units, units_per_task=1):
+        rows = read_planned(task, task.start)
         unit: Columns = {name: rows[name].to_numpy(zero_copy_only=False) for name in rows.column_names}
         out = stage.columns(unit)
         encoded = dict(zip(unit["sample_id"].tolist(), unit["image"].tolist(), strict=True))

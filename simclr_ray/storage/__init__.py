@@ -17,7 +17,7 @@ from simclr_ray.storage.other import OtherStore
 from simclr_ray.storage.redaction import redact
 from simclr_ray.storage.s3 import S3Store
 from simclr_ray.storage.settings import StorageSettings, configure, current, environment
-from simclr_ray.storage.uris import S3_SCHEMES, is_local, join, normalise, scheme_of
+from simclr_ray.storage.uris import S3_SCHEMES, is_local, join, may_name, normalise, scheme_of, tellable
 
 __all__ = [
     "ChangedError",
@@ -26,6 +26,7 @@ __all__ = [
     "OutOfRangeError",
     "Stat",
     "StorageSettings",
+    "can_swap",
     "configure",
     "counters",
     "create_bytes",
@@ -41,6 +42,7 @@ __all__ = [
     "list_files",
     "list_level",
     "list_names",
+    "may_name",
     "normalise",
     "read_bytes",
     "read_range",
@@ -49,6 +51,7 @@ __all__ = [
     "replace_bytes",
     "scan",
     "stat",
+    "tellable",
     "write_bytes",
 ]
 
@@ -155,6 +158,11 @@ def replace_bytes(uri: str, data: bytes, *, version: str) -> str | None:
         return store.replace(uri, data, version)
     except FileNotFoundError:
         return None
+
+
+def can_swap(uri: str) -> bool:
+    """Whether `replace_bytes` is there for this store: for local folders and S3 it is."""
+    return _store(uri)[0].swaps
 
 
 def list_names(uri: str) -> list[str]:

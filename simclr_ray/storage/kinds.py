@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from simclr_ray.errors import StorageError
+from simclr_ray.storage.uris import tellable
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,9 @@ class OutOfRangeError(StorageError):
 class Store(Protocol):
     """A backend. URIs are normalised; `FileNotFoundError` means absent, all else is a `StorageError`."""
 
+    swaps: ClassVar[bool]
+    """Whether `replace` is there, and compares and swaps in one step."""
+
     def describe(self, uri: str) -> str: ...  # noqa: D102
     def read(self, uri: str) -> tuple[bytes, str | None]: ...  # noqa: D102
     def read_range(self, uri: str, start: int, stop: int, version: str | None) -> bytes: ...  # noqa: D102
@@ -60,9 +64,17 @@ def digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
+def replaced(uri: str) -> ChangedError:
+    """The sentence for an object that is there in another version than its reader holds."""
+    return ChangedError(
+        "the object was replaced since its version was noted", where=tellable(uri),
+        fix="restore it, or index the data set again and start a new run",
+    )  # fmt: skip
+
+
 def ends_early(uri: str, start: int, stop: int, size: int) -> OutOfRangeError:
     """The sentence for a range that reaches past the object's end."""
     return OutOfRangeError(
-        "the object is shorter than its reader was told", where=uri, got=f"{size:,} bytes",
+        "the object is shorter than its reader was told", where=tellable(uri), got=f"{size:,} bytes",
         expected=f"bytes {start:,} to {stop:,}", fix="it was cut or replaced: restore it, or index the data set again",
     )  # fmt: skip

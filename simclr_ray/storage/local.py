@@ -26,6 +26,8 @@ _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 class LocalStore:
     """The backend for paths."""
 
+    swaps = True
+
     def describe(self, uri: str) -> str:
         """The path's disk."""
         folder = Path(uri)

@@ -17,11 +17,11 @@ from botocore.exceptions import ClientError
 from simclr_ray.errors import StorageError
 from simclr_ray.storage import settings as settings_
 from simclr_ray.storage.counting import METER
-from simclr_ray.storage.kinds import ChangedError, Entry, Stat
+from simclr_ray.storage.kinds import Entry, Stat, replaced
 from simclr_ray.storage.retry import Deadline, Fault, GaveUp, repeat
-from simclr_ray.storage.s3_body import Body
-from simclr_ray.storage.s3_client import Client, client, renew
-from simclr_ray.storage.s3_errors import ABSENT, CHANGED, EXPIRED, code_of, explain, judge, status_of
+from simclr_ray.storage.s3_body import Body, bare_tag
+from simclr_ray.storage.s3_client import Client, client, had_credentials, renew
+from simclr_ray.storage.s3_errors import ABSENT, CHANGED, EXPIRED, UNRESOLVED, code_of, explain, judge, status_of
 from simclr_ray.storage.uris import bucket_and_key
 
 MULTIPART_BYTES = 64 << 20
@@ -29,12 +29,17 @@ PART_BYTES = 16 << 20
 MAX_PARTS = 10_000
 UPLOADS = 4
 DELETE_BATCH = 1000
+CREDENTIALS_S = 10.0
+"""How long credentials that were there before and are not found now are looked for again: a role's service may be
+overloaded for a moment, as when all processes of a cluster ask it at once."""
 
 T = TypeVar("T")
 
 
 class S3Store:
     """The backend for `s3://`."""
+
+    swaps = True
 
     def describe(self, uri: str) -> str:
         """Bucket, endpoint, and which link of the chain gave the credentials."""
@@ -156,6 +161,8 @@ class _Operation:
         self.deadline = Deadline(self._settings.deadline_s)
         self._client: Client | None = None
         self._renewed = False
+        self._without: float | None = None
+        """When credentials were missed first, in seconds of `deadline.elapsed`."""
 
     def run(self, attempt: Callable[[Any, int], T]) -> T:
         """Raises: FileNotFoundError where there is no such object, ChangedError, StorageError."""
@@ -174,10 +181,7 @@ class _Operation:
             if code_of(cause) in ABSENT:
                 raise FileNotFoundError(2, "no such object", self.uri) from None
             if code_of(cause) in CHANGED:
-                raise ChangedError(
-                    "the object was replaced since its version was noted", where=self.uri,
-                    fix="restore it, or index the data set again and start a new run",
-                ) from None  # fmt: skip
+                raise replaced(self.uri) from None
             raise explain(gave_up, self.uri, self.verb, self._client) from None
 
     def _judge(self, error: Exception) -> Fault:
@@ -186,6 +190,11 @@ class _Operation:
                 return Fault("expired token", passing=False)
             self._renewed = True
             renew(self._client)
+        if isinstance(error, UNRESOLVED) and had_credentials():
+            self._without = self.deadline.elapsed if self._without is None else self._without
+            if self._client is not None:
+                renew(self._client)
+            return Fault("credentials", passing=self.deadline.elapsed - self._without < CREDENTIALS_S)
         return judge(error)
 
 
@@ -263,5 +272,4 @@ def _delete_batch(uri: str, bucket: str, keys: list[dict[str, str]]) -> None:
 
 
 def _tag(answer: Any) -> str | None:
-    tag = answer.get("ETag")
-    return str(tag).removeprefix("W/").strip('"') if tag else None
+    return bare_tag(answer.get("ETag"))

@@ -13,7 +13,7 @@ from botocore.exceptions import ClientError, FlexibleChecksumError
 
 from simclr_ray.errors import StorageError
 from simclr_ray.storage.counting import METER
-from simclr_ray.storage.kinds import ends_early
+from simclr_ray.storage.kinds import ends_early, replaced
 from simclr_ray.storage.retry import Deadline
 from simclr_ray.storage.s3_errors import CHANGED, DamagedError, ReplacedError, ShortBodyError, code_of
 
@@ -46,6 +46,7 @@ class Body:
 
         Raises:
             OutOfRangeError: the object is shorter than `stop`.
+            ChangedError: the store sends another version than the one asked for.
             StorageError: the deadline passed while bytes were still coming.
             Exception: botocore's, or one of `s3_errors`; what came before it is kept for the next attempt.
         """
@@ -76,10 +77,18 @@ class Body:
             if code_of(error) in ("InvalidRange", "416"):
                 raise ends_early(self._uri, self._start, self._stop or 0, _size_of(error)) from None
             raise
-        tag = response.get("ETag")
-        self.version = str(tag).strip('"') if tag else None
+        self._check_version(response)
         self._check_place(response, whole)
         return response
+
+    def _check_version(self, response: Any) -> None:
+        """Hold the response to the version that was asked for: some stores do not look at `If-Match`."""
+        tag = bare_tag(response.get("ETag"))
+        if self.version is None:
+            self.version = tag
+        elif tag is not None and tag != self.version:
+            response["Body"].close()
+            raise ReplacedError if self._wanted_version is None else replaced(self._uri)
 
     def _check_place(self, response: Any, whole: bool) -> None:
         """Hold the response to what was asked."""
@@ -119,6 +128,11 @@ class Body:
             raise ShortBodyError("the body went on behind its announced end")
         if self._at < self._stop:
             raise ShortBodyError(f"{self._stop - self._at:,} bytes are missing")
+
+
+def bare_tag(tag: object) -> str | None:
+    """An ETag as versions are kept: without quotes, and without the mark of a weak one."""
+    return str(tag).removeprefix("W/").strip('"') if tag else None
 
 
 def _crc32(data: bytes) -> str:

@@ -15,10 +15,13 @@ from typing import Any
 import botocore.config
 import botocore.session
 from botocore import UNSIGNED
+from botocore.credentials import CredentialResolver
 
 from simclr_ray.storage import settings as settings_
 from simclr_ray.storage.counting import METER
+from simclr_ray.storage.redaction import redact
 from simclr_ray.storage.settings import StorageSettings
+from simclr_ray.storage.uris import tellable
 
 POOL = 64
 """Connections kept for reuse; more threads than that wait for none, but open new ones."""
@@ -30,13 +33,18 @@ class Client:
 
     api: Any
     place: str
-    """Endpoint and region."""
+    """Endpoint, without a password that it may hold, and region."""
     origin: str
     """Which link of the chain gave the credentials; never the credentials."""
 
 
 _lock = threading.Lock()
 _clients: dict[tuple[int, int, StorageSettings], Client] = {}
+_had_credentials = False
+
+METADATA = {"metadata_service_timeout": 2, "metadata_service_num_attempts": 5}
+"""Seconds and attempts for the services that give roles their credentials, at least. botocore asks once, for one
+second; but where thousands of processes start together, their machine's service does not answer all of them at once."""
 
 ORIGINS = {
     "env": "the environment",
@@ -65,6 +73,11 @@ def client(settings: StorageSettings) -> Client:
         return _clients[key]
 
 
+def had_credentials() -> bool:
+    """Whether this process ever found credentials, so that finding none is likely to pass."""
+    return _had_credentials
+
+
 def renew(stale: Client) -> None:
     """Forget a client whose token the store calls expired: the next one goes through the whole chain again."""
     with _lock:
@@ -73,7 +86,10 @@ def renew(stale: Client) -> None:
 
 
 def _build(settings: StorageSettings) -> Client:
+    global _had_credentials
     session = botocore.session.Session()
+    for name, least in METADATA.items():
+        session.set_config_variable(name, max(least, session.get_config_variable(name)))
     region = settings.region or os.environ.get("AWS_REGION") or session.get_config_variable("region") or "us-east-1"
     style = {None: "auto", True: "path", False: "virtual"}[settings.path_style]
     config = botocore.config.Config(
@@ -86,17 +102,20 @@ def _build(settings: StorageSettings) -> Client:
         user_agent_extra="simclr-ray",
         signature_version=UNSIGNED if settings.anonymous else None,
     )
+    origin = _origin(session, settings)
+    _had_credentials = _had_credentials or origin in ORIGINS.values()
     made = session.create_client("s3", region_name=region, endpoint_url=settings.endpoint, config=config)
     made.meta.events.register("before-call.s3", _stay_in_region)
     made.meta.events.register("before-send.s3", _count)
-    return Client(made, f"{made.meta.endpoint_url}, region {region}", _origin(session, settings))
+    return Client(made, redact(f"{tellable(made.meta.endpoint_url)}, region {region}"), origin)
 
 
 def _origin(session: Any, settings: StorageSettings) -> str:
     if settings.anonymous:
         return "none: requests go unsigned (storage.anonymous)"
     credentials = session.get_credentials()
-    if credentials is None:
+    if credentials is None:  # an answer that took long; the client, which asks again, is given it at once
+        session.register_component("credential_provider", CredentialResolver(providers=[]))
         return "none"
     return ORIGINS.get(credentials.method, str(credentials.method))
 

@@ -15,6 +15,8 @@ DAMAGED = frozenset({"BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch",
 EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"})
 CHANGED = frozenset({"PreconditionFailed", "412"})
 ABSENT = frozenset({"NoSuchKey", "404", "NotFound"})
+UNRESOLVED = (aws.NoCredentialsError, aws.CredentialRetrievalError)
+"""The chain gave no credentials; a service that keeps them may have been out of reach."""
 REDIRECTS = frozenset({"PermanentRedirect", "301", "TemporaryRedirect", "307", "IllegalLocationConstraintException"})
 
 

@@ -37,6 +37,30 @@ def scheme_of(uri: str) -> str:
     return "file" if is_local(uri) else uri.split("://", 1)[0].lower()
 
 
+def tellable(uri: str) -> str:
+    """A URI for messages and tables: a web address without its query, fragment, user and password.
+
+    In them a signed address carries what lets anybody read the object. Other URIs, and what is no URI, stay as they
+    are; so does what was made tellable before.
+    """
+    if scheme_of(uri) not in WEB_SCHEMES:
+        return uri
+    scheme, _, rest = uri.partition("://")
+    rest = rest.partition("#")[0]
+    place, mark, _ = rest.partition("?")
+    host, slash, path = place.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}{mark and '?[redacted]'}"
+
+
+def may_name(list_uri: str, uri: str) -> bool:
+    """Whether a list that lies at `list_uri` may name `uri`.
+
+    A list in a store may be by anybody who can write there, and is read on the machines of the cluster: it may not
+    name their files. A local list may name anything.
+    """
+    return is_local(list_uri) or not is_local(uri)
+
+
 def bucket_and_key(uri: str) -> tuple[str, str]:
     """Split `s3://bucket/some/key`; the key is empty for the bucket itself.
 

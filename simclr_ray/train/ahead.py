@@ -30,11 +30,17 @@ class OneAhead:
         """Take batches from `batches`; `bring` begins to move the views of one and returns how to wait for them."""
         self._batches, self._bring = batches, bring
         self._next: Ready | None = None
+        self._failed: Exception | None = None
 
     def __iter__(self) -> Iterator[Ready]:
-        """Every batch, once. All ranks fetch at the same places of a step, or none."""
+        """Every batch, once. All ranks fetch at the same places of a step, or none.
+
+        What goes wrong while looking ahead is raised in its turn, after the step that was under way.
+        """
         while True:
             self.fetch()
+            if self._failed is not None:
+                raise self._failed
             ready, self._next = self._next, None
             if ready is None:
                 return
@@ -42,6 +48,9 @@ class OneAhead:
 
     def fetch(self) -> None:
         """Take the next batch, if that has not been done and there is one."""
-        if self._next is None:
-            batch = next(self._batches, None)
-            self._next = None if batch is None else Ready(batch, self._bring(batch))
+        if self._next is None and self._failed is None:
+            try:
+                batch = next(self._batches, None)
+                self._next = None if batch is None else Ready(batch, self._bring(batch))
+            except Exception as error:
+                self._failed = error

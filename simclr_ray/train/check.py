@@ -7,11 +7,13 @@ is deleted again.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from uuid import uuid4
@@ -26,18 +28,22 @@ from simclr_ray.data.decode import Rejected, decode, read_header
 from simclr_ray.data.header import Header
 from simclr_ray.data.manifest import Manifest, read_manifest
 from simclr_ray.data.plan import Plan, UnitTable
-from simclr_ray.data.units import read_unit, resolve_unit
+from simclr_ray.data.units import plan_tasks, read_planned
 from simclr_ray.errors import ConfigError, DataError
 from simclr_ray.train.cluster import usable_cores
 from simclr_ray.train.derive import Derived, bytes_ahead, check_world_size, derive, limits_of, policy_of, sentences
 from simclr_ray.train.lock import LOCK_NAME
-from simclr_ray.train.run import compare, identity, look_at_run
+from simclr_ray.train.run import PROBE, compare, identity, look_at_run
 from simclr_ray.views.apply import normalise
 from simclr_ray.views.make import how_views_are_made
 from simclr_ray.views.stage import Columns, ViewStage
 
 SAMPLES = 64
-"""Images that are read and decoded."""
+"""Images that are decoded."""
+UNITS = 8
+"""Units that are read: as many places of the data set."""
+DEADLINE_S = 10.0
+"""Longest time for one operation of a store; whoever checks does not want to wait out an outage."""
 _ENCODER_IMAGES = 8
 _MIB, _GIB = 1 << 20, 1 << 30
 
@@ -68,6 +74,15 @@ def check(config: ConfigSource = None, overrides: Sequence[str] = ()) -> Iterato
     """
     settings = load_config(config, overrides)
     use_storage(settings)
+    patient = storage.current()
+    storage.configure(replace(patient, deadline_s=min(DEADLINE_S, patient.deadline_s)))
+    try:
+        yield from _findings(settings)
+    finally:
+        storage.configure(patient)
+
+
+def _findings(settings: Config) -> Iterator[str]:
     if not settings.data.train:
         raise ConfigError("data.train must be set", fix="add --set data.train=FOLDER")
     folder = storage.normalise(settings.data.train)
@@ -107,7 +122,7 @@ def _run_folder(config: Config, manifest: Manifest, folder: str) -> Iterator[str
     """Whether the folder can be written, and what is in it."""
     run = look_at_run(folder)
     yield f"store of the run: {storage.describe(run.uri)}"
-    probe = run.path(f".probe-{uuid4().hex[:12]}")
+    probe = run.path(f"{PROBE}{uuid4().hex[:12]}")
     storage.create_bytes(probe, b"")
     storage.delete_file(probe)
     info = run.info()
@@ -126,16 +141,14 @@ def _run_folder(config: Config, manifest: Manifest, folder: str) -> Iterator[str
 
 
 def _measure(config: Config, manifest: Manifest) -> Iterator[str | Rates]:
-    """Read, decode, augment and encode the first images of the run's order."""
+    """Read the first units of the run's order, and decode, augment and encode some of their images."""
     table = UnitTable(manifest)
     policy, limits = policy_of(config.views), limits_of(config.data)
     plan = Plan(table, config.run.seed)
-    count = min(table.num_units, -(-SAMPLES // manifest.unit_rows))
+    count = min(table.num_units, UNITS)
+    (task,) = plan_tasks(manifest, plan, 0, count, count)
     before, started = storage.counters(), time.monotonic()
-    tables = [
-        read_unit(resolve_unit(manifest, plan.unit(index)), config.run.seed, manifest.image_column)
-        for index in range(count)
-    ]
+    tables = [read_planned(task, index) for index in range(count)]  # as the stream reads, lost units included
     read_s, after = time.monotonic() - started, storage.counters()
     units = [{name: one[name].to_numpy(zero_copy_only=False) for name in one.column_names} for one in tables]
     encoded = [data for unit in units for data in unit["image"].tolist()]
@@ -145,21 +158,41 @@ def _measure(config: Config, manifest: Manifest) -> Iterator[str | Rates]:
         f"another, {(after.bytes - before.bytes) / _MIB / max(read_s, 1e-9):,.0f} MiB/s"
     )
     yield _sizes(encoded, config)
-    verdicts = [decode(data, limits) for data in encoded]
+    # One in so many is decoded, all are looked into: eight units are eight places of the data set.
+    some = encoded[:: max(1, images // SAMPLES)]
+    verdicts = [decode(data, limits) for data in some] + [read_header(data, limits) for data in encoded]
     bad = [verdict for verdict in verdicts if isinstance(verdict, Rejected)]
-    yield f"decoding: {images - len(bad)} of {images} images can be used" + _reasons(bad)
-    if len(bad) == images:
-        raise DataError("not one of these images can be used", where=manifest.folder, got=_reasons(bad).lstrip(": "))
+    lost = sum(int((unit["lost_id"] >= 0).sum()) for unit in units)
+    yield (
+        f"decoding: {len(some)} images decoded, {images} headers read, {len(bad)} refused{_reasons(bad)}"
+        + (f"; {lost} images of shards that cannot be read" if lost else "")
+    )
+    _refuse_too_many(config, lost + sum(isinstance(one, Rejected) for one in verdicts[len(some) :]), images, bad)
     stage = ViewStage(policy, config.run.seed, limits, scaled_decode=config.views.scaled_decode)
     views_s, views = _views_cost(stage, units)
     yield (
-        f"views: {how_views_are_made('cpu')}; {1 / views_s:,.0f} images/s a core here, "
+        f"views: {how_views_are_made('cpu')}; {1 / views_s if views_s else 0:,.0f} images/s a core here, "
         f"shape {tuple(views.shape[1:])} uint8"
     )
     encoder_s, device = _encoder_cost(config, views[:_ENCODER_IMAGES])
     name = f"{config.model.encoder} {config.model.width}x"
     yield f"encoder: {name}, {1 / encoder_s:,.1f} images/s on this machine's {device}"
     yield Rates((after.bytes - before.bytes) / images, requests / images, views_s, encoder_s)
+
+
+def _refuse_too_many(config: Config, bad: int, images: int, reasons: Sequence[Rejected]) -> None:
+    """Stop where so many images cannot be used that chance does not explain it under the limit.
+
+    Raises:
+        DataError: three standard deviations above `data.max_rejected_fraction`.
+    """
+    limit = config.data.max_rejected_fraction
+    if bad > images * limit + 3 * math.sqrt(images * limit * (1 - limit)) or bad == images:
+        raise DataError(
+            f"{bad} of {images} images cannot be used, and pretrain would stop", where=config.data.train,
+            got=_reasons(reasons).lstrip(": ") or "shards that cannot be read",
+            expected=f"at most {limit:.2%} (data.max_rejected_fraction)",
+        )  # fmt: skip
 
 
 def _sizes(encoded: Sequence[bytes | None], config: Config) -> str:
@@ -186,14 +219,19 @@ def _reasons(bad: Sequence[Rejected]) -> str:
 
 
 def _views_cost(stage: ViewStage, units: Sequence[Columns]) -> tuple[float, np.ndarray]:
-    """CPU seconds an image on one core, and the views of the units that have any."""
+    """CPU seconds an image on one core, and the views; units of which no image can be used are passed over."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        stage.columns(units[0])  # what is set up once is not an image's cost
+        made: list[np.ndarray] = []
         started = time.process_time()
-        made = [stage.columns(unit)["views"] for unit in units]
-        return (time.process_time() - started) / sum(map(len, made)), np.concatenate(made)
+        for unit in units:
+            with contextlib.suppress(DataError):
+                made.append(stage.columns(unit)["views"])
+            if len(made) == 1:  # what is set up once is not an image's cost
+                started = time.process_time()
+        timed = sum(map(len, made[1:]))
+        return (time.process_time() - started) / timed if timed else 0.0, np.concatenate(made)
     finally:
         torch.set_num_threads(threads)
 

@@ -15,7 +15,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import ray
 import ray.exceptions
@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from simclr_ray import storage
 from simclr_ray.config import ClusterConfig
 from simclr_ray.errors import ClusterError
+from simclr_ray.views.make import Maker
 from simclr_ray.views.stage import Where
 
 log = logging.getLogger("simclr_ray.ray")
@@ -32,9 +33,14 @@ log = logging.getLogger("simclr_ray.ray")
 PROBE_TIMEOUT_S = 10.0
 _VERSIONS_TIMEOUT_S = 60.0
 """A node that says nothing for so long is busy starting; its versions are not known then."""
-_CPUS_FOR_A_GPU = 3
-"""An H100 takes the pairs of about 1,250 images a second in ResNet-50, and a core finishes some 600 to 900: below three
-cores for each GPU, the stream had better leave the colours to it."""
+CPUS_FOR_A_GPU: Final[Mapping[Maker, int]] = {"kernel": 3, "opencv": 5, "torch": 12}
+"""CPUs that keep one GPU busy with finished views; below that, the stream had better leave the colours to it.
+
+An H100 is taken to need the pairs of 1,250 images a second (ResNet-50 at 224 pixels, in bfloat16: an estimate). From
+JPEGs of 500 x 375 a core makes 953 a second by the C kernel, 549 by OpenCV, 213 by torch
+(`benchmarks/results/views.json`), so that 1.3, 2.3 and 5.9 cores are busy with views alone. Twice that, rounded up: a
+core makes 0.4 to 0.7 of it at 1024 x 768, a CPU of a cloud is often half a core, and shards have to be read too.
+"""
 
 
 @contextlib.contextmanager
@@ -225,9 +231,9 @@ def resolve_workers(config: ClusterConfig, resources: dict[str, float]) -> tuple
 
 def resolve_views(
     where: Literal["auto", "cpu", "gpu"], config: ClusterConfig, resources: dict[str, float], *,
-    workers: int, use_gpu: bool,
+    workers: int, use_gpu: bool, maker: Maker,
 ) -> tuple[Where, str]:  # fmt: skip
-    """Who does the colours of the views, and why, in words.
+    """Who does the colours of the views, and why, in words; `maker` is who makes views on the machines of the stream.
 
     `gpu` is kept where no worker has one: the worker then does the colours on its CPU, the same pictures more slowly.
     """
@@ -242,8 +248,12 @@ def resolve_views(
     if not use_gpu:
         return "cpu", "there is no GPU to do them"
     left = max(0.0, resources.get("CPU", 0.0) - workers * config.cpus_per_worker) / workers
-    words = f"the stream has {left:.1f} CPUs for each GPU, and 3 keep one busy with finished views"
-    return ("gpu" if left < _CPUS_FOR_A_GPU else "cpu"), words
+    needed = CPUS_FOR_A_GPU[maker]
+    words = (
+        f"the stream has {left:.1f} CPUs for each GPU; finished views by {maker} are taken to need {needed} (ResNet-50 "
+        "on an H100, images of 500 x 375)"
+    )
+    return ("gpu" if left < needed else "cpu"), words
 
 
 def _quiet() -> None:

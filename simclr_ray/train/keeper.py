@@ -7,11 +7,13 @@ second one ends at once. A node that is about to be taken away has rank 0 save b
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import ray
@@ -19,7 +21,7 @@ import ray
 from simclr_ray.data.decode import Limits
 from simclr_ray.data.manifest import Manifest
 from simclr_ray.data.quarantine import Quarantine
-from simclr_ray.errors import ConfigError
+from simclr_ray.errors import ConfigError, StorageError
 from simclr_ray.observe.console import Console
 from simclr_ray.train.cluster import draining_nodes
 from simclr_ray.train.desk import News
@@ -28,6 +30,9 @@ from simclr_ray.train.run import RunFolder, read_quarantine, write_quarantine
 
 LOOK_FOR_DRAINS_S = 2.0
 SAY_WAITING_S = 30.0
+WRITE_EVERY_S = 10.0
+"""Between two versions of the quarantine."""
+RETRY_S = 5.0
 SETTLE_S = 20.0
 """Longest wait, at the end, for the details of rejected images."""
 
@@ -42,6 +47,8 @@ class Keeper:
         self._asked = asked
         self._run, self._desk, self._console, self._lock = run, desk, console, lock
         self._quarantine = Quarantine(manifest, limits, read_quarantine(run))
+        self._scribe = Scribe(console.say)
+        self._written = -math.inf
         self._drained: set[str] = set()
         self._looked = 0.0
         self._waiting_since = self._said_waiting = time.monotonic()
@@ -78,10 +85,17 @@ class Keeper:
             self._say_waiting()
         if news.attempts != self.attempts:
             self.attempts = news.attempts
-            self._run.update(attempts=news.attempts)
+            self._scribe.later("run.json", partial(self._run.update, attempts=news.attempts))
         self._quarantine.add(news.rejected)
         self._write_quarantine()
         self._look_for_drains(news.nodes)
+
+    def close(self, status: str) -> None:
+        """Write how the run ended; a store that is down must not hide why."""
+        try:
+            self._run.update(status=status, attempts=self.attempts)
+        except StorageError as error:
+            self._console.say(f"run.json not written, it does not say {status!r}: {error.what}")
 
     def _say_waiting(self) -> None:
         """A line now and then while no worker has started."""
@@ -99,13 +113,18 @@ class Keeper:
     def reasons(self) -> str:
         """Counts of rejected images by reason, with names of some; the list in the run folder is complete after it."""
         self._quarantine.settle(SETTLE_S)
+        self._written = -math.inf
         self._write_quarantine()
+        self._scribe.settle(SETTLE_S)
         return self._quarantine.reasons()
 
     def _write_quarantine(self) -> None:
+        if time.monotonic() - self._written < WRITE_EVERY_S:
+            return
         entries = self._quarantine.take_changed()
         if entries is not None:
-            write_quarantine(self._run, entries)
+            self._written = time.monotonic()
+            self._scribe.later("quarantine.parquet", partial(write_quarantine, self._run, entries))
 
     def _look_for_drains(self, nodes: frozenset[str]) -> None:
         if time.monotonic() - self._looked < LOOK_FOR_DRAINS_S:
@@ -118,6 +137,53 @@ class Keeper:
                 f"{len(going)} node{'s are' if len(going) > 1 else ' is'} about to go; saving a checkpoint"
             )
             self._desk.ask_for_checkpoint.remote()
+
+
+class Scribe:
+    """Writes files of the run folder beside the driver's loop, which must not wait for a store that is down.
+
+    Of several versions of a file only the newest is written; one that fails is tried again, and told once.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._todo: dict[str, Callable[[], object]] = {}
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def later(self, name: str, write: Callable[[], object]) -> None:
+        """Have `write` write the file of this name soon."""
+        with self._lock:
+            self._todo[name] = write
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="scribe", daemon=True)
+                self._thread.start()
+
+    def settle(self, timeout_s: float) -> None:
+        """Wait until all is written."""
+        thread = self._thread
+        if thread is not None:
+            thread.join(timeout_s)
+
+    def _work(self) -> None:
+        told = False
+        while True:
+            with self._lock:
+                if not self._todo:
+                    self._thread = None
+                    return
+                name = next(iter(self._todo))
+                write = self._todo.pop(name)
+            try:
+                write()
+                told = False
+            except StorageError as error:
+                if not told:
+                    self._say(f"{name} not written, will be tried again: {error.what}")
+                told = True
+                with self._lock:
+                    self._todo.setdefault(name, write)
+                time.sleep(RETRY_S)
 
 
 @contextlib.contextmanager

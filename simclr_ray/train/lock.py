@@ -4,6 +4,11 @@
 replaces the file by compare-and-swap every few seconds. A lock whose holder no longer beats is taken over, by
 compare-and-swap too. Clocks of two machines may differ by any amount, so a stamp alone never decides that a holder is
 dead: whoever finds a lock that looks stale watches it for longer than a beat takes, by its own monotonic clock.
+
+Where the store has no compare-and-swap (every one but local folders and S3), the promise is weaker. The holder beats
+by a plain write after it has read its own token; a stale lock is deleted and made anew; and whoever made the file reads
+it again a little later, for a slower one may have written over it. Two drivers that get by all of this, as when one is
+halted between its look and its write, find out at their next beat: one of them reads the other's token and stops.
 """
 
 from __future__ import annotations
@@ -29,6 +34,8 @@ STALE_S = 60.0
 """A lock with a stamp younger than this is held, whatever else."""
 WATCH_S = 2.5 * BEAT_S
 """How long a lock that looks stale is watched before it is taken."""
+SETTLE_S = 3.0
+"""After this a new lock is read again where the store cannot swap; longer than a look and a write take, as a rule."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,7 @@ class Pace:
     beat_s: float = BEAT_S
     stale_s: float = STALE_S
     watch_s: float = WATCH_S
+    settle_s: float = SETTLE_S
 
 
 class RunLock:
@@ -72,6 +80,7 @@ class RunLock:
     def __init__(self, folder: str, pace: Pace) -> None:
         self._uri, self._pace = storage.join(folder, LOCK_NAME), pace
         self._mine = Holder(uuid.uuid4().hex, socket.gethostname(), _boot(), os.getpid(), 0, time.time())
+        self._swaps = storage.can_swap(self._uri)
         self._version: str | None = None
         self._stop = threading.Event()
         self._beating = threading.Thread(target=self._beat, name="run-lock", daemon=True)
@@ -85,21 +94,8 @@ class RunLock:
             ConfigError: another driver holds it.
             StorageError: the folder cannot be written.
         """
-        while not storage.create_bytes(self._uri, self._mine.encode()):
-            try:
-                data, version = storage.read_versioned(self._uri)
-            except FileNotFoundError:
-                continue  # released between the two
-            holder = _decode(data)
-            self._refuse_living(holder)
-            if not _is_dead_here(holder):
-                say(f"the lock of {self._uri} looks stale; watching it for {self._pace.watch_s:.0f} s")
-                time.sleep(self._pace.watch_s)
-            taken = storage.replace_bytes(self._uri, self._mine.encode(), version=version or storage.digest(data))
-            if taken is None:  # it beats after all, or another one took it in the meantime
-                continue
-            say(f"took over the lock of process {holder.pid} on {holder.host}, which no longer beats")
-            break
+        while not (self._create_or_take(say) and self._is_settled()):
+            pass
         self._version = self._read_version()
         self._beating.start()
 
@@ -111,6 +107,45 @@ class RunLock:
             data, _ = storage.read_versioned(self._uri)
             if _decode(data).token == self._mine.token:
                 storage.delete_file(self._uri)
+
+    def _create_or_take(self, say: Callable[[str], None]) -> bool:
+        """One try; False where the file changed under it, so that it must be looked at again."""
+        if storage.create_bytes(self._uri, self._mine.encode()):
+            return True
+        try:
+            data, version = storage.read_versioned(self._uri)
+        except FileNotFoundError:
+            return False  # released between the two
+        holder = _decode(data)
+        self._refuse_living(holder)
+        if not _is_dead_here(holder):
+            say(f"the lock of {self._uri} looks stale; watching it for {self._pace.watch_s:.0f} s")
+            time.sleep(self._pace.watch_s)
+        if not self._take(data, version):  # it beats after all, or another one took it in the meantime
+            return False
+        say(f"took over the lock of process {holder.pid} on {holder.host}, which no longer beats")
+        return True
+
+    def _take(self, stale: bytes, version: str | None) -> bool:
+        """Put our lock in place of a stale one, if that is still there."""
+        if self._swaps:
+            version = version or storage.digest(stale)
+            return storage.replace_bytes(self._uri, self._mine.encode(), version=version) is not None
+        with contextlib.suppress(FileNotFoundError):
+            if storage.read_bytes(self._uri) != stale:
+                return False
+        storage.delete_file(self._uri)
+        return storage.create_bytes(self._uri, self._mine.encode())
+
+    def _is_settled(self) -> bool:
+        """Whether the lock that we made is still ours after a while; where the store can swap, nothing can happen."""
+        if self._swaps:
+            return True
+        time.sleep(self._pace.settle_s)
+        try:
+            return _decode(storage.read_bytes(self._uri)).token == self._mine.token
+        except FileNotFoundError:
+            return False
 
     def _refuse_living(self, holder: Holder) -> None:
         age = time.time() - holder.beaten
@@ -135,12 +170,27 @@ class RunLock:
             self._mine = replace(self._mine, beat=self._mine.beat + 1, beaten=time.time())
             # An outage of the store is no reason to stop: after it, the swap tells whether the lock is still ours.
             with contextlib.suppress(StorageError, FileNotFoundError):
-                version = storage.replace_bytes(self._uri, self._mine.encode(), version=self._version or "")
-                if version is None:
-                    version = self._read_version()  # a swap that was done but whose answer was lost is ours too
-                self._version = version
+                if self._swaps:
+                    self._swap()
+                else:
+                    self._look_and_write()
             if self.lost:
                 return
+
+    def _swap(self) -> None:
+        version = storage.replace_bytes(self._uri, self._mine.encode(), version=self._version or "")
+        if version is None:
+            version = self._read_version()  # a swap that was done but whose answer was lost is ours too
+        self._version = version
+
+    def _look_and_write(self) -> None:
+        try:
+            self._read_version()
+        except FileNotFoundError:  # another one is taking it over: whoever makes it first has it
+            storage.create_bytes(self._uri, self._mine.encode())
+            return
+        if not self.lost:
+            storage.write_bytes(self._uri, self._mine.encode())
 
 
 @contextlib.contextmanager

@@ -46,11 +46,11 @@ from simclr_ray.train.derive import (
 from simclr_ray.train.desk import Desk
 from simclr_ray.train.keeper import Keeper, graceful_stop
 from simclr_ray.train.lock import RunLock, hold
-from simclr_ray.train.run import RunFolder, look_at_run, open_run, start_afresh
+from simclr_ray.train.run import RunFolder, look_at_run, note_views, open_run, start_afresh
 from simclr_ray.train.step import NonFiniteStepError
 from simclr_ray.train.step_log import TooManyRejectedError
 from simclr_ray.train.worker import WorkerOrder, train_worker
-from simclr_ray.views.make import how_views_are_made
+from simclr_ray.views.make import how_views_are_made, maker
 from simclr_ray.views.stage import ViewStage, Where
 
 POLL_S = 0.5
@@ -120,9 +120,11 @@ def _pretrain(settings: Config, manifest: Manifest, derived: Derived, console: C
         parts = " + ".join(map(str, shares(derived, workers)))
         console.say(f"workers: {workers} on {'GPU' if use_gpu else 'CPU'}; per-rank share {parts} images")
         where, why = resolve_views(
-            settings.views.where, settings.cluster, ray.cluster_resources(), workers=workers, use_gpu=use_gpu
-        )
+            settings.views.where, settings.cluster, ray.cluster_resources(), workers=workers, use_gpu=use_gpu,
+            maker=maker(),
+        )  # fmt: skip
         console.say(f"views: {how_views_are_made(where)}, going by the driver's machine ({why})")
+        note_views(run, maker=maker(), where=where, say=console.say)
         setup = _Setup(settings, manifest, derived, run, console, lock, workers, use_gpu, where)
         return _run(setup)
 
@@ -167,7 +169,7 @@ def _run(setup: _Setup) -> RunResult:
         raise
     finally:
         rejected = keeper.reasons()
-        run.update(status=status, attempts=keeper.attempts)
+        keeper.close(status)
     if rejected:
         setup.console.say(f"images that could not be used: {rejected}; all in {run.path('quarantine.parquet')}")
     if keeper.stopping:

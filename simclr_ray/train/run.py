@@ -17,8 +17,8 @@ import io
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,16 @@ from simclr_ray import storage
 from simclr_ray.config import Config
 from simclr_ray.configure import flat, load_config, to_yaml
 from simclr_ray.data import quarantine
-from simclr_ray.data.quarantine import Entry
 from simclr_ray.errors import ConfigError
 from simclr_ray.train.derive import Derived
 from simclr_ray.train.lock import LOCK_NAME
 from simclr_ray.version import __version__
 
 FORMAT = 1
-#: Settings that may change between attempts: they decide speed, logging or evaluation, never the loss curve.
+PROBE = ".probe-"
+"""Begin of the names with which `check` tries whether a folder can be written."""
+#: Settings that may change between attempts: they decide speed, logging or evaluation, and the loss curve only by
+#: rounding (`loss.`, `train.channels_last` and `train.compile` by the order of sums, `views.where` by a level of a view).
 #: The data set's place is one of them, for its fingerprint says what it holds.
 FREE = (
     "run.folder",
@@ -130,7 +132,7 @@ def look_at_run(folder: str) -> RunFolder:
     if storage.is_local(run.uri) and Path(run.uri).is_dir() and not os.access(run.uri, os.W_OK):
         raise ConfigError("the run folder cannot be written", where=run.uri, fix="choose another with run.folder")
     if run.info() is None:
-        names = [name for name in storage.list_names(run.uri) if name != LOCK_NAME]
+        names = [name for name in storage.list_names(run.uri) if name != LOCK_NAME and not name.startswith(PROBE)]
         if names:
             raise ConfigError(
                 "the folder is not empty and holds no run", where=run.uri, got=", ".join(names[:3]),
@@ -189,6 +191,29 @@ def open_run(
     return run, True
 
 
+def note_views(run: RunFolder, *, maker: str, where: str, say: Callable[[str], None]) -> None:
+    """Keep in `run.json` who makes the views, as the driver's machine sees it, and say if it was another before.
+
+    Args:
+        run: Of this start.
+        maker: `kernel`, `opencv` or `torch`.
+        where: Whether the stream finishes views (`cpu`) or crops them (`gpu`).
+        say: Told of a difference.
+    """
+    now = {"maker": maker, "where": where}
+    before = (run.info() or {}).get("views", now)
+    if before != now:
+        say(
+            f"views are made otherwise than at the last start: {_made(before)} then, {_made(now)} now; a few values in a "
+            "thousand differ by a level of 255, so the losses to come are nearly those of one undisturbed run, not its bits"
+        )
+    run.update(views=now)
+
+
+def _made(views: Mapping[str, str]) -> str:
+    return f"by {views['maker']} with views.where={views['where']}"
+
+
 def compare(existing: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:
     """Differences between two identities, a line each."""
     # A setting that the run's version did not have yet.
@@ -235,20 +260,19 @@ def open_existing(folder: str) -> tuple[RunFolder, Config]:
     return run, load_config({key: value for key, value in resolved.items() if key != "derived"})
 
 
-def write_quarantine(run: RunFolder, entries: Sequence[Entry]) -> None:
+def write_quarantine(run: RunFolder, entries: pa.Table) -> None:
     """Write the list of rejected images."""
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist([asdict(entry) for entry in entries], schema=quarantine.SCHEMA), buffer)
+    pq.write_table(entries, buffer, compression="zstd")
     storage.write_bytes(run.path("quarantine.parquet"), buffer.getvalue())
 
 
-def read_quarantine(run: RunFolder) -> list[Entry]:
-    """The list of rejected images; empty where none was met."""
+def read_quarantine(run: RunFolder) -> pa.Table | None:
+    """The list of rejected images (`data.quarantine.SCHEMA`); None where none was met."""
     try:
-        table = pq.read_table(io.BytesIO(storage.read_bytes(run.path("quarantine.parquet"))))
+        return pq.read_table(io.BytesIO(storage.read_bytes(run.path("quarantine.parquet")))).cast(quarantine.SCHEMA)
     except FileNotFoundError:
-        return []
-    return [Entry(**row) for row in table.to_pylist()]
+        return None
 
 
 def _write_settings(run: RunFolder, config: Config, derived: Derived) -> None:

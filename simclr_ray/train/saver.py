@@ -68,6 +68,19 @@ class Saver:
         self._seconds: float | None = None
         self._saved: int | None = None
 
+    def save_what_there_is(self, checkpoint: ckpt.Checkpoint, *, first: Callable[[], None]) -> None:
+        """Try once to write and commit a state that training cannot go on from, and say how that went."""
+        self.wait()
+        if self._saved == checkpoint.step:
+            return
+        self._writing = None
+        self._write(checkpoint, first)
+        error, self._error = self._error, None
+        if error is None:
+            self._say(f"the state after step {checkpoint.step} was saved")
+        else:
+            self._say(f"the state after step {checkpoint.step} could not be saved either: {error}")
+
     def ask(self) -> None:
         """Save at the next step, for example because a node is about to go. From any thread."""
         self._asked.set()

@@ -63,6 +63,11 @@ class Saves:
         dist.broadcast(self._verdict, src=0)
         return Verdict(int(self._verdict.item()))
 
+    def rescue(self, checkpoint: Checkpoint, *, first: Callable[[], None]) -> None:
+        """Rank 0: try to keep a state that training cannot go on from; nothing happens on the others."""
+        if self._saver is not None:
+            self._saver.save_what_there_is(checkpoint, first=first)
+
     def save(self, checkpoint: Checkpoint, *, first: Callable[[], None]) -> tuple[float, float | None]:
         """Rank 0: begin to save, see `Saver.save`.
 

@@ -121,27 +121,36 @@ def _train(order: WorkerOrder, pulse: Pulse) -> None:
             )
         step_log.take(batch, numbers)
 
+    def state(steps: int) -> ckpt.Checkpoint:
+        position = Position(steps, step_log.rejected_total, step_log.animated_total)
+        return _state(order, position, model, optimizer, attempt)
+
     with step_log, saves:
         pulse.begin(on_answer=saves.listen, every_s=RANK_0_EVERY_S if rank == 0 else EVERY_S)
         pulse.at(start.step, "data")
-        for ready in ahead:
-            batch, done = ready.batch, ready.batch.step + 1
-            pulse.at(batch.step, "compute")
-            if batch.step not in order.left_out:
-                step(batch, ready.arrived())
-            if batch.step == start.step:  # what takes long once is behind: from here on, a silent rank is a lost one
-                dist.set_timeout(timedelta(seconds=config.cluster.collective_timeout_s))
-            verdict = saves.agree(done)
-            pulse.at(batch.step, "record")
-            if verdict or done % config.train.log_every == 0:
-                step_log.write(done, _learning_rate(order, batch.step))
-            if Verdict.SAVE in verdict and rank == 0:
-                position = Position(done, step_log.rejected_total, step_log.animated_total)
-                state = _state(order, position, model, optimizer, attempt)
-                step_log.stood_still(*saves.save(state, first=step_log.upload_of_now()))
-            if Verdict.STOP in verdict:
-                return
-            pulse.at(done, "data")
+        done = start.step
+        try:
+            for ready in ahead:
+                batch = ready.batch
+                pulse.at(batch.step, "compute")
+                if batch.step not in order.left_out:
+                    step(batch, ready.arrived())
+                done = batch.step + 1
+                if batch.step == start.step:  # what takes long once is behind: now, a silent rank is a lost one
+                    dist.set_timeout(timedelta(seconds=config.cluster.collective_timeout_s))
+                verdict = saves.agree(done)
+                pulse.at(batch.step, "record")
+                if verdict or done % config.train.log_every == 0:
+                    step_log.write(done, _learning_rate(order, batch.step))
+                if Verdict.SAVE in verdict and rank == 0:
+                    step_log.stood_still(*saves.save(state(done), first=step_log.upload_of_now()))
+                if Verdict.STOP in verdict:
+                    return
+                pulse.at(done, "data")
+        except Exception as error:
+            if isinstance(root_cause(error), StorageError) and done > start.step:  # the images' store, not the run's
+                saves.rescue(state(done), first=step_log.upload_of_now())
+            raise
 
 
 def _batches(order: WorkerOrder, rank: int, world_size: int, *, first_step: int) -> Iterator[StepBatch]:

@@ -88,23 +88,22 @@ def central_view(images: Sequence[Image], policy: Policy) -> Image:
     return out
 
 
-def normalise(views: Tensor, policy: Policy, *, dtype: torch.dtype = torch.float32) -> Tensor:
+def normalise(views: Tensor, policy: Policy) -> Tensor:
     """Turn views into what the encoder reads.
 
     Args:
         views: (m, S, S, 3) uint8, on any device.
         policy: Its `mean` and `std` are applied, if set.
-        dtype: Of the result; the arithmetic is float32.
 
     Returns:
-        (m, 3, S, S) on the same device, in [0, 1] or standardised, in channels-last memory: the permutation is free.
+        (m, 3, S, S) float32 on the same device, in [0, 1] or standardised, in channels-last memory: the permutation is free.
     """
     assert views.dtype == torch.uint8, views.dtype
     assert views.ndim == 4, views.shape
     pixels = views.to(torch.float32).mul_(1 / 255)
     if policy.mean is not None and policy.std is not None:
         pixels = pixels.sub_(_constant(policy.mean, pixels.device)).div_(_constant(policy.std, pixels.device))
-    return pixels.to(dtype).permute(0, 3, 1, 2)
+    return pixels.permute(0, 3, 1, 2)
 
 
 @cache

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from simclr_ray.views import apply, native, opencv
 from simclr_ray.views.apply import Image, Source
 from simclr_ray.views.draw import Draws
 from simclr_ray.views.policy import Policy
 
+Maker = Literal["kernel", "opencv", "torch"]
+"""They differ by a level of 255 in a few values in a thousand; `native.py` and `opencv.py` say where."""
+
+
+def maker() -> Maker:
+    """Who makes views on this machine."""
+    if native.available():
+        return "kernel"
+    return "opencv" if opencv.available() else "torch"
+
 
 def how_views_are_made(where: str) -> str:
     """A sentence for the log, as this machine sees it."""
     if where == "cpu":
-        return f"finished in the stream by {_maker()}"
-    return f"coloured in the train workers, cropped in the stream by {_maker()}"
+        return f"finished in the stream by {_named()}"
+    return f"coloured in the train workers, cropped in the stream by {_named()}"
 
 
 def two_views(images: Sequence[Source], draws: Draws, policy: Policy) -> Image:
@@ -35,10 +46,10 @@ def crop(images: Sequence[Source], draws: Draws, policy: Policy) -> Image:
     return apply.crop(images, draws, policy)
 
 
-def _maker() -> str:
+def _named() -> str:
     """Who makes views here, and what keeps the faster ones from it."""
-    if native.available():
+    if maker() == "kernel":
         return "the C kernel"
-    if opencv.available():
+    if maker() == "opencv":
         return f"OpenCV ({native.why_not()})"
     return f"torch, slowly ({native.why_not()}; {opencv.why_not()})"

@@ -6,7 +6,9 @@ its unit takes views 2c and 2c + 1. The rule knows the unit alone, so it is the 
 rejected row is reported beside.
 
 Crops are drawn from the headers, before anything is decoded. Decoded images live for as long as their views are being
-made, some at a time in one piece of memory: fresh memory costs page faults worth up to 40 % of a large image.
+made, some at a time or a large one alone, in one piece of memory for all of a unit: where the allocator gives memory
+back to the system in between, page faults cost up to 40 % of a large image. (What is turned upright, is no JPEG or is
+beyond `_MOST_BYTES` gets memory of its own.)
 
 With `scaled_decode` a JPEG is decoded once at a half, a quarter or an eighth of its size where both crops still have
 the view's pixels then; `data/decode.py` says what that wins and changes. The crops are the same boxes, at fractions of
@@ -50,7 +52,9 @@ Where = Literal["cpu", "gpu"]
 ACCEPTED = -1
 _BYTES_AT_ONCE = 2 << 20
 """Decoded images that are turned into views by one call: some photographs, which stay in the cache, or all of a unit of
-small images, for which a call costs as much as an image."""
+small images, for which a call costs as much as an image. A larger image is turned into views alone."""
+_MOST_BYTES = 64 << 20
+"""The most memory that is kept for decoding during a unit: the largest of its images, up to 22 million pixels."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +203,9 @@ def _decoded(
     chosen: Integers, rows: Rows, limits: Limits, wanted: Sequence[Reduction]
 ) -> Iterator[tuple[list[int], list[Decoded]]]:
     """Groups of images that decode, and their indices in `chosen`; valid until the next group."""
-    memory = np.empty(_BYTES_AT_ONCE, dtype=np.uint8)
+    needed = [_decoded_bytes(rows.headers[row], factor) for row, factor in zip(chosen.tolist(), wanted, strict=True)]
+    largest = max((size for size in needed if size <= _MOST_BYTES), default=0)
+    memory = np.empty(max(_BYTES_AT_ONCE, largest), dtype=np.uint8)
     group: list[int] = []
     images: list[Decoded] = []
     used = 0
@@ -207,18 +213,16 @@ def _decoded(
         data, header = rows.encoded[row], rows.headers[row]
         assert data is not None
         assert not isinstance(header, Rejected)
-        factor, height, width = reduced_size(header, wanted[index])
-        needed = 3 * height * width
-        if images and used + needed > len(memory):
+        if images and used + needed[index] > _BYTES_AT_ONCE:
             yield group, images
             group, images, used = [], [], 0
-        image = decode_reduced(data, header, limits, reduction=factor, buffer=memory[used:])
+        image = decode_reduced(data, header, limits, reduction=wanted[index], buffer=memory[used:])
         if isinstance(image, Rejected):
             rows.reasons[row] = _code(image)
             continue
         group.append(index)
         images.append(image)
-        used = min(used + needed, len(memory))
+        used = min(used + needed[index], len(memory))
     if images:
         yield group, images
 
@@ -247,6 +251,12 @@ def replacements(accepted: npt.NDArray[np.bool_]) -> tuple[Integers, Integers]:
 def _size(header: Header | Rejected) -> tuple[int, int]:
     assert not isinstance(header, Rejected)
     return header.height, header.width
+
+
+def _decoded_bytes(header: Header | Rejected, wanted: Reduction) -> int:
+    assert not isinstance(header, Rejected)
+    _, height, width = reduced_size(header, wanted)
+    return 3 * height * width
 
 
 def _code(image: object) -> int:

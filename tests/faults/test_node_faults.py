@@ -15,7 +15,7 @@ from simclr_ray.data.manifest import Manifest
 from tests.faults import commands
 from tests.faults.commands import STEPS, losses, recipe
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 
 

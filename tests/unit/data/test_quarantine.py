@@ -69,12 +69,14 @@ def test_entries_are_kept_once_and_explained_beside(broken: Manifest) -> None:
     one.add(found)
     one.add([{"sample_id": 7, "reason": "empty", "step": 9}])
     one.settle(10)
-    entries = one.take_changed()
-    assert entries is not None
+    table = one.take_changed()
+    assert table is not None
+    entries = [Entry(**row) for row in table.to_pylist()]
     assert [(entry.sample_id, entry.step, bool(entry.detail)) for entry in entries] == [(7, 4, True), (120, 4, True)]
+    assert entries[1] == explained(broken, located(broken, Entry(120, "not_an_image", 4)), Limits())
     assert one.take_changed() is None
     assert "1 not_an_image (second/shard.jpg)" in one.reasons()
-    again = Quarantine(broken, Limits(), entries)
+    again = Quarantine(broken, Limits(), table)
     again.add(found)
     assert len(again) == 2
     assert again.take_changed() is None
@@ -84,3 +86,29 @@ def test_ids_that_are_no_sample_of_the_manifest_are_listed_without_a_place(broke
     one = Quarantine(broken, Limits())
     one.add([{"sample_id": 10**9, "reason": "empty", "step": 1}])
     assert one.reasons().startswith("1 empty")
+
+
+@given(st.lists(st.tuples(st.integers(0, 149), st.sampled_from(["empty", "truncated", "mode"])), max_size=60))
+def test_the_table_is_the_first_report_of_each_image(broken_ids: Manifest, found: list[tuple[int, str]]) -> None:
+    """Whatever comes in which order, also across restarts: a dictionary is the obvious twin."""
+    expected: dict[int, tuple[str, int]] = {}
+    one = Quarantine(broken_ids, Limits())
+    for step, (sample_id, reason) in enumerate(found):
+        expected.setdefault(sample_id, (reason, step))
+        one.add([{"sample_id": sample_id, "reason": reason, "step": step}])
+        if step == 20:
+            one.settle(10)
+            one = Quarantine(broken_ids, Limits(), one.take_changed())
+    one.settle(10)
+    assert len(one) == len(expected)
+    table = one.take_changed()
+    rows = [] if table is None else table.to_pylist()
+    if table is not None:
+        assert {row["sample_id"]: (row["reason"], row["step"]) for row in rows} == expected
+        assert [row["sample_id"] for row in rows] == sorted(expected)
+
+
+@pytest.fixture(scope="module")
+def broken_ids() -> Manifest:
+    """150 rows of a shard that is not there, so that explanations are quick."""
+    return Manifest("/nowhere", (Shard("gone", "parquet", "", 1, (100, 50)),), unit_rows=10)

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from simclr_ray import preview
+from simclr_ray.data.decode import Limits, decode
 from simclr_ray.data.manifest import Manifest
+from simclr_ray.data.plan import Plan, UnitTable
 from simclr_ray.data.shards import ImageRow
+from simclr_ray.data.units import plan_tasks, read_task
 from simclr_ray.errors import ConfigError
+from simclr_ray.evaluate import preview as module
+from simclr_ray.evaluate.pictures import views_sheet
 from simclr_ray.evaluate.preview import describe
 from simclr_ray.views.draw import draw
 from simclr_ray.views.policy import preset
+from simclr_ray.views.stage import ViewStage
 from tests.conftest import make_data_set, real_rows
 
 
@@ -48,6 +55,68 @@ def test_an_image_that_stands_in_for_a_rejected_one_says_so_beside_its_row(tmp_p
         assert int(shown) == next(image for image in following if image not in broken)
     words = [line.partition(": ")[2] for line in lines if line.startswith("  view ")]
     assert len(set(words)) == 32  # each use of an image has views of its own
+
+
+class Sheet(NamedTuple):
+    """What was drawn."""
+
+    originals: list[np.ndarray]
+    views: np.ndarray
+
+
+@pytest.fixture
+def sheets(monkeypatch: pytest.MonkeyPatch) -> list[Sheet]:
+    """Every sheet that is drawn from here on."""
+    drawn: list[Sheet] = []
+
+    def watched(originals: list[np.ndarray], views: np.ndarray, *rest: Any, **options: Any) -> None:
+        drawn.append(Sheet(originals, views))
+        views_sheet(originals, views, *rest, **options)
+
+    monkeypatch.setattr(module, "views_sheet", watched)
+    return drawn
+
+
+def trained_on(manifest: Manifest, stage: ViewStage, units: int) -> dict[str, np.ndarray]:
+    """The first units as the stream makes them."""
+    [task] = plan_tasks(manifest, Plan(UnitTable(manifest), stage.seed), 0, units, units)
+    made = [
+        stage.columns({name: rows[name].to_numpy(zero_copy_only=False) for name in rows.column_names})
+        for rows in read_task(task)
+    ]
+    return {name: np.concatenate([unit[name] for unit in made]) for name in made[0]}
+
+
+def test_the_sheet_shows_the_views_that_training_sees_beside_their_images(
+    data_set: Manifest, tmp_path: Path, sheets: list[Sheet]
+) -> None:
+    config = {"data": {"train": data_set.folder}, "views": {"preset": "cifar", "size": 16}, "run": {"seed": 3}}
+    lines = preview(config, output=str(tmp_path / "views.png"), images=20)
+    seen = trained_on(data_set, ViewStage(preset("cifar", size=16), 3, Limits()), units=2)
+    [sheet] = sheets
+    assert np.array_equal(sheet.views, seen["views"][:20])
+    stored, ids = real_rows(400), seen["sample_id"][:20].tolist()
+    for image, sample_id in zip(sheet.originals, ids, strict=True):
+        assert np.array_equal(image, decode(stored[sample_id].image, Limits()))
+    assert [line.split(":")[0] for line in lines if line.startswith("image")] == [f"image {one}" for one in ids]
+
+
+def test_where_a_unit_is_lost_the_sheet_shows_what_stands_in_for_it(tmp_path: Path, sheets: list[Sheet]) -> None:
+    manifest = make_data_set(tmp_path / "data", real_rows(64), shard_rows=16)  # a shard a unit
+    config = {"data": {"train": manifest.folder}, "views": {"preset": "cifar", "size": 16}, "run": {"seed": 1}}
+    stage = ViewStage(preset("cifar", size=16), 1, Limits())
+    whole = trained_on(manifest, stage, units=2)
+    (tmp_path / "data" / manifest.shards[int(whole["sample_id"][0]) // 16].uri).unlink()
+    lines = preview(config, output=str(tmp_path / "views.png"), images=32)
+    [sheet] = sheets
+    assert np.array_equal(sheet.views, trained_on(manifest, stage, units=2)["views"])
+    assert np.array_equal(sheet.views[16:], whole["views"][16:])
+    assert not np.array_equal(sheet.views[:16], sheet.views[16:])  # the same images in views of their own
+    heads = [line for line in lines if line.startswith("image ")]
+    for place, (lost, shown) in enumerate(zip(whole["sample_id"][:16], whole["sample_id"][16:], strict=True)):
+        assert heads[place].startswith(f"image {shown}: ")
+        assert heads[place].endswith(f", instead of image {lost}, rejected as shard_missing")
+        assert heads[16 + place] == f"image {shown}: 28 x 28 pixels"
 
 
 def test_the_words_are_the_draws() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -61,3 +61,19 @@ def test_a_step_fetches_between_its_backward_pass_and_its_first_wait(monkeypatch
         meanwhile=lambda: log.append("fetch"),
     )  # fmt: skip
     assert log == ["backward", "fetch", "wait"]
+
+
+def test_what_goes_wrong_ahead_is_raised_after_the_step_under_way() -> None:
+    def batches() -> Iterator[int]:
+        yield 0
+        raise OSError("the store is gone")
+
+    log: list[str] = []
+    ahead = OneAhead(batches(), told(log))  # type: ignore[arg-type]
+    steps = iter(ahead)
+    next(steps)
+    ahead.fetch()
+    log.append("done 0")
+    with pytest.raises(OSError, match="gone"):
+        next(steps)
+    assert log == ["bring 0", "done 0"]

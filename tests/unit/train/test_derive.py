@@ -108,11 +108,12 @@ def test_gpus_are_used_where_there_are_some() -> None:
 def test_the_gpu_does_the_colours_where_cpus_are_few(where: str, cpus: int, gpus: int, expected: str) -> None:
     resources = {"CPU": float(cpus), "GPU": float(gpus)}
     got, why = resolve_views(
-        where,
+        where,  # type: ignore[arg-type]
         load_config(None).cluster,
         resources,
         workers=max(1, gpus),
-        use_gpu=gpus > 0,  # type: ignore[arg-type]
+        use_gpu=gpus > 0,
+        maker="kernel",
     )
     assert got == expected
     assert why
@@ -122,7 +123,7 @@ def test_the_gpu_does_the_colours_where_cpus_are_few(where: str, cpus: int, gpus
 def test_colours_are_left_to_workers_without_a_gpu_if_asked_and_the_words_say_what_that_means(gpus: int) -> None:
     resources = {"CPU": 8.0, "GPU": float(gpus)}
     config = load_config(None, ["cluster.use_gpu=false"]).cluster
-    where, why = resolve_views("gpu", config, resources, workers=1, use_gpu=False)
+    where, why = resolve_views("gpu", config, resources, workers=1, use_gpu=False, maker="kernel")
     assert where == "gpu"
     assert f"Ray offers {gpus}" in why
     assert "on its own CPUs" in why

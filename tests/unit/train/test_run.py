@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from simclr_ray.errors import ConfigError
-from simclr_ray.train.run import RunFolder, look_at_run, start_afresh
+from simclr_ray.train.run import RunFolder, look_at_run, note_views, start_afresh
 
 
 def contents(folder: Path) -> list[str]:
@@ -41,3 +41,22 @@ def test_starting_afresh_removes_what_a_run_writes_and_nothing_else(tmp_path: Pa
     (tmp_path / "notes.txt").write_text("mine")
     start_afresh(run)
     assert contents(tmp_path) == ["notes.txt"]
+
+
+def test_a_start_whose_views_are_made_otherwise_says_so_once_and_keeps_who_makes_them(tmp_path: Path) -> None:
+    run = RunFolder(str(tmp_path))
+    run.update(identity={}, attempts=3)
+    said: list[str] = []
+    note_views(run, maker="kernel", where="cpu", say=said.append)
+    note_views(run, maker="kernel", where="cpu", say=said.append)
+    assert not said
+    assert run.info() == {"identity": {}, "attempts": 3, "views": {"maker": "kernel", "where": "cpu"}}
+    for maker, where, before in (("torch", "cpu", "kernel with views.where=cpu"), ("torch", "gpu", "torch with")):
+        said.clear()
+        note_views(run, maker=maker, where=where, say=said.append)
+        assert len(said) == 1
+        assert f"by {before}" in said[0]
+        assert f"by {maker} with views.where={where} now" in said[0]
+        assert "not its bits" in said[0]
+        note_views(run, maker=maker, where=where, say=said.append)
+        assert len(said) == 1

@@ -308,14 +308,17 @@ def test_the_best_maker_at_hand_is_taken_and_named(monkeypatch: pytest.MonkeyPat
         assert np.array_equal(make.two_views(images, draws, policy), native.two_views(images, draws, policy))
         assert make.how_views_are_made("cpu").endswith("by the C kernel")
         assert make.how_views_are_made("gpu").endswith("by the C kernel")
+        assert make.maker() == "kernel"
     without(monkeypatch, native)
     if opencv.available():
         assert np.array_equal(make.two_views(images, draws, policy), opencv.two_views(images, draws, policy))
         assert make.how_views_are_made("cpu").endswith("by OpenCV (no native here)")
+        assert make.maker() == "opencv"
         assert np.array_equal(make.crop(images, draws, policy), opencv.crop(images, draws, policy))
     without(monkeypatch, native, opencv)
     assert np.array_equal(make.two_views(images, draws, policy), apply.two_views(images, draws, policy))
     assert make.how_views_are_made("cpu").endswith("by torch, slowly (no native here; no opencv here)")
+    assert make.maker() == "torch"
     assert np.array_equal(make.crop(images, draws, policy), apply.crop(images, draws, policy))
     with pytest.raises(RuntimeError, match="no opencv here"):
         opencv.two_views(images, draws, policy)

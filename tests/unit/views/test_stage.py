@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from simclr_ray.data.decode import REASONS, Limits, Rejected, decode, decode_reduced, read_header
+from simclr_ray.data.decode import REASONS, Decoded, Limits, Rejected, decode, decode_reduced, read_header
 from simclr_ray.errors import DataError
 from simclr_ray.views import apply, stage
 from simclr_ray.views.draw import Draws, draw
@@ -302,6 +302,30 @@ def test_reduced_images_take_as_much_of_the_memory_as_they_need(monkeypatch: pyt
         assert len(calls) == groups
         assert sum(calls) == 12
         assert (views != expected["views"]).mean() < 1e-3  # by torch
+
+
+def test_large_images_are_decoded_one_after_another_into_the_same_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    sides = [(320, 416), (800, 1024), (768, 1024), (320, 416), (900, 1024)]
+    assert stage._BYTES_AT_ONCE < 3 * 768 * 1024
+    images = [jpeg(i, *size) for i, size in enumerate(sides)]
+    expected = FULL(unit(images, list(range(5))))["views"]
+    starts, groups = [], []
+
+    def watched(decoded: list[Decoded], *rest: object) -> object:
+        starts.extend(one.pixels.__array_interface__["data"][0] for one in decoded)
+        groups.append(len(decoded))
+        return two_views(decoded, *rest)  # type: ignore[arg-type]
+
+    two_views = stage.two_views
+    monkeypatch.setattr(stage, "two_views", watched)
+    assert np.array_equal(FULL(unit(images, list(range(5))))["views"], expected)
+    assert groups == [1, 1, 1, 1, 1]
+    assert len(set(starts)) == 1
+    starts.clear()
+    monkeypatch.setattr(stage, "_MOST_BYTES", 3 * 800 * 1024)  # the last one is beyond
+    assert np.array_equal(FULL(unit(images, list(range(5))))["views"], expected)
+    assert len(set(starts[:4])) == 1
+    assert starts[4] != starts[0]
 
 
 @pytest.mark.parametrize("scaled_decode", [True, False])
