@@ -3,12 +3,15 @@
 Synthetic manifests of shards with 128 groups of 64 images, of Parquet and of tar shards, at 10^9 images and at 10^5:
 
 disk     bytes of the manifest
-read     seconds to read it and to check its fingerprint
-first    seconds from the manifest to the read tasks of the first segment of 40,000 units: the plan and the epoch's
-         permutation of 15.6 million units
+read     seconds to read it, to check its fingerprint and to sum up its units
+first    seconds from there to the read tasks of the first segment of 40,000 units, and so to the epoch's permutation
+         of 15.6 million units
 next     seconds to the tasks of the segment after it
 peak     growth of the resident set of a fresh process that does all this, at its highest
-wrap     the same where the segment reaches into the second epoch, when two permutations are held
+wrap     the same where the second segment reaches into the second epoch, when two permutations are held
+
+Tasks are made as the stream's coordinator makes them (`stream.read_tasks`), which drops a segment's before the next
+one's are made.
 
     python benchmarks/scale.py [--quick]
 
@@ -30,8 +33,8 @@ from loss_processes import measured_peak, run_once
 from machine import write_part
 
 from simclr_ray.data.manifest import UNIT_ROWS, Kind, Manifest, ShardTable, read_manifest, write_manifest
-from simclr_ray.data.plan import Plan, UnitTable
-from simclr_ray.data.units import plan_tasks
+from simclr_ray.data.plan import Segment
+from simclr_ray.data.stream import PlanAddress, load_plan, read_tasks
 
 FILE = Path(__file__).parent / "results" / "scale.json"
 LIMIT_BYTES = 500_000_000
@@ -71,47 +74,54 @@ def written(images: int, kind: Kind, folder: str) -> int:
     return Path(write_manifest(synthetic(images, kind, folder))).stat().st_size
 
 
+def address_of(folder: str) -> PlanAddress:
+    """What the driver gives to the coordinator. The manifest is read for it, in a process of its own."""
+    return PlanAddress(folder, read_manifest(folder).fingerprint, SEED)
+
+
+def tasks_of(address: PlanAddress, start: int, stop: int) -> int:
+    """Make the tasks of units [start, stop) as the coordinator does; how many there are."""
+    return len(read_tasks(address, Segment(start, start, stop, stop), UNITS_PER_TASK))
+
+
 def load_libraries() -> None:
     """By a tiny data set, for they are not what is measured."""
     with tempfile.TemporaryDirectory() as folder:
         written(10_000, "tar", folder)
-        manifest = read_manifest(folder)
-        plan_tasks(manifest, Plan(UnitTable(manifest), SEED), 0, 16, UNITS_PER_TASK)
+        tasks_of(address_of(folder), 0, 16)
+    load_plan.cache_clear()
 
 
-def from_the_start(folder: str) -> dict[str, float]:
+def from_the_start(address: PlanAddress) -> dict[str, float]:
     """What the coordinator does until the first two segments' tasks stand."""
     load_libraries()
 
     def work() -> dict[str, float]:
         begun = time.perf_counter()
-        manifest = read_manifest(folder)
+        units = load_plan(address)[1].units.num_units
         read = time.perf_counter()
-        plan = Plan(UnitTable(manifest), SEED)
-        most = min(UNITS_PER_SEGMENT, plan.units.num_units)
-        tasks = plan_tasks(manifest, plan, 0, most, UNITS_PER_TASK)
+        most = min(UNITS_PER_SEGMENT, units)
+        count = tasks_of(address, 0, most)
         first = time.perf_counter()
-        count = len(tasks)
-        del tasks
-        plan_tasks(manifest, plan, most, 2 * most, UNITS_PER_TASK)
+        tasks_of(address, most, 2 * most)
         ended = time.perf_counter()
         seconds = {"read_s": read - begun, "first_s": first - read, "next_s": ended - first}
-        return {"units": plan.units.num_units, "tasks": count, **seconds}
+        return {"units": units, "tasks": count, **seconds}
 
     result, peak = measured_peak(work)
     return result | {"peak_bytes": peak}
 
 
-def around_the_end(folder: str) -> int:
-    """Peak of a coordinator whose segment reaches into the second epoch."""
+def around_the_end(address: PlanAddress) -> int:
+    """Peak of a coordinator that goes from the last segment within an epoch to one that reaches into the next."""
     load_libraries()
 
     def work() -> None:
-        manifest = read_manifest(folder)
-        plan = Plan(UnitTable(manifest), SEED)
-        epoch = plan.units.num_units
-        half = min(UNITS_PER_SEGMENT, epoch) // 2
-        plan_tasks(manifest, plan, epoch - half, epoch + half, UNITS_PER_TASK)
+        epoch = load_plan(address)[1].units.num_units
+        most = min(UNITS_PER_SEGMENT, epoch)
+        half = most // 2
+        tasks_of(address, max(0, epoch - half - most), epoch - half)
+        tasks_of(address, epoch - half, epoch + half)
 
     return measured_peak(work)[1]
 
@@ -120,8 +130,9 @@ def scale(images: int, kind: Kind) -> dict[str, Any]:
     """One row of the table."""
     with tempfile.TemporaryDirectory() as folder:
         disk = run_once(written, images, kind, folder)
-        start = run_once(from_the_start, folder)
-        return {"disk_bytes": disk, **start, "wrap_peak_bytes": run_once(around_the_end, folder)}
+        address = run_once(address_of, folder)
+        start = run_once(from_the_start, address)
+        return {"disk_bytes": disk, **start, "wrap_peak_bytes": run_once(around_the_end, address)}
 
 
 def show(result: dict[str, dict[str, Any]]) -> None:

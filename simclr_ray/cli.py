@@ -95,6 +95,8 @@ def _index(options: argparse.Namespace) -> None:
                         ("too_large", "samples with too large an image")):  # fmt: skip
         if report.counts.get(name):
             console.say(f"skipped {report.counts[name]:,} {words}")
+    for note in report.notes:
+        console.say(note)
     _say_rejected(console, report.rejected, manifest.folder)
 
 

@@ -165,7 +165,8 @@ def decode(data: bytes | None, limits: Limits) -> Pixels | Rejected:
 
     Returns:
         (H, W, 3) uint8, writable: upright (EXIF), the first frame, transparency composited on the background, 16
-        bits scaled to 8; or the reason why not.
+        bits scaled to 8 (rounded where the image is grey; colours and transparency are the high byte, for Pillow reads
+        no more of them, which is less than a level off); or the reason why not.
     """
     header = read_header(data, limits)
     if isinstance(header, Rejected):

@@ -153,7 +153,7 @@ def build(found: Found | None, source: str, folder: str, options: IndexOptions) 
         return read_manifest(source)
     made = _lists(found, folder, options) if found.kind == "objects" else _opened(found, source, folder, options)
     about: dict[str, Any] = {"source": source, "kind": found.kind, "labels": options.labels}
-    about |= {"files": found.entries.rows, "bytes": found.entries.bytes} | made.about
+    about |= {"files": found.entries.rows, "bytes": found.entries.bytes, **made.about}
     manifest = replace(made.manifest, source=about | {"seed": options.seed} if made.shuffled else about)
     counts = dict(made.counts) | {"shards": len(manifest.shards), "images": manifest.rows}
     if isinstance(found.entries, Listing):
@@ -161,7 +161,9 @@ def build(found: Found | None, source: str, folder: str, options: IndexOptions) 
         counts["listing_jobs"] = len(found.entries.parts)
     counts |= {f"listed_{kind}": count for kind, count in sorted(found.entries.kinds.items())}
     report = {**about, "rejected": Counter(entry["reason"] for entry in made.rejected), "counts": counts}
-    report |= {"read_per_stored": round(reads_of_a_byte(manifest), 2), "notes": _notes(manifest, found.kind)}
+    report["notes"] = _notes(manifest, found.kind)
+    if found.kind == "parquet":
+        report["read_per_stored"] = round(reads_of_a_byte(manifest), 2)
     if made.rejected:
         write_table(storage.join(folder, REJECTED_NAME), pa.Table.from_pylist(made.rejected, schema=REJECTED_SCHEMA))
     storage.write_bytes(storage.join(folder, REPORT_NAME), json.dumps(report, indent=1).encode())
@@ -182,21 +184,22 @@ class _Made:
 
 def _notes(manifest: Manifest, kind: str) -> list[str]:
     """What training over an index will be like, in sentences."""
-    times = reads_of_a_byte(manifest)
-    note = f"training will read {times:.1f} bytes for each byte of images stored"
-    if times > MOST_READS:
-        note += (
-            f", for a unit of {manifest.unit_rows} reads all of its row group, and these are larger; pack the source, "
-            "which makes small ones"
-        )
-    if kind != "objects" or "seed" in manifest.source:
+    if kind == "parquet":
+        times = reads_of_a_byte(manifest)
+        note = f"an epoch will read {times:.1f} bytes for each byte of images stored"
+        if times > MOST_READS:
+            note += (
+                f": each unit of {manifest.unit_rows} images reads all of its row group, and these are larger; pack "
+                "the source, which makes small ones"
+            )
         return [note]
-    order = (
-        f"these are more than {SHUFFLED_WHOLE:,} loose images: they stay in the order of their URIs, so that neighbours "
-        f"of one folder share a unit of {manifest.unit_rows} and only units are mixed; pack the source, which mixes "
-        "more, or give a list in a random order"
-    )
-    return [note, order]
+    if kind == "objects" and "seed" not in manifest.source:
+        return [
+            f"above {SHUFFLED_WHOLE:,} loose images keep the order of their URIs: neighbours in a folder share a unit "
+            f"of {manifest.unit_rows}, and only units are mixed; pack them, which at least mixes units into shards, "
+            "or give a list of Parquet in a random order"
+        ]
+    return []
 
 
 def _refuse_labels(source: str, kind: str, labels: Labels) -> None:
@@ -216,7 +219,9 @@ def _lists(found: Found, folder: str, options: IndexOptions) -> _Made:
     """Lists of loose images, in an order by seed where they fit into memory."""
     classes = _classes(found, options.labels)
     sizes = Sizes(found.entries.rows)
-    tables: Iterator[pa.Table] = (_numbered(table, classes, options.labels) for table in map(sizes.seen, found.tables()))
+    tables: Iterator[pa.Table] = (
+        _numbered(table, classes, options.labels) for table in map(sizes.seen, found.tables())
+    )
     whole_order = found.entries.rows <= SHUFFLED_WHOLE
     if whole_order:
         whole = pa.concat_tables(tables).combine_chunks()

@@ -71,9 +71,7 @@ def read_inputs(ranges: Sequence[RowRange], columns: Columns) -> Iterator[Row]:
         DataError: a shard is another one than was indexed.
         StorageError: the store fails.
     """
-    ahead = read_ahead(
-        ranges, lambda one: _rows(one, columns), cost=lambda one: one.bytes_about, max_cost=BYTES_AHEAD
-    )
+    ahead = read_ahead(ranges, lambda one: _rows(one, columns), cost=lambda one: one.bytes_about, max_cost=BYTES_AHEAD)
     for rows in ahead:
         yield from rows
 

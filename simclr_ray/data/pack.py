@@ -132,9 +132,10 @@ def pack(
         raise ConfigError("the distance of duplicates", got=distance, expected=f"0 to {LARGEST_DISTANCE} bits")
     options = IndexOptions(kind, column, labels, label_column, seed, unit_rows)
     limits = limits or Limits()
-    settings = {"verb": "pack", "source": source, SOURCE_STATE: state_of(source, kind), "shard_bytes": shard_bytes}
-    settings |= {"deduplicate": deduplicate, "distance": distance, "limits": asdict(limits), "encode": asdict(encode) if encode else None}
-    claimed = claim(destination, settings | asdict(options))
+    settings = {"verb": "pack", "source": source, SOURCE_STATE: state_of(source, kind)} | asdict(options)
+    settings |= {"shard_bytes": shard_bytes, "deduplicate": deduplicate, "distance": distance}
+    settings |= {"limits": asdict(limits), "encode": asdict(encode) if encode else None}
+    claimed = claim(destination, settings)
     if claimed.begun and storage.exists(storage.join(destination, MANIFEST_NAME)):
         finish(destination)  # killed after its last write
         return _report(read_manifest(destination))

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from simclr_ray.data import ranges
+from simclr_ray.data.footer import SEAL_BYTES, is_damaged
 from simclr_ray.data.ranges import Source
 from simclr_ray.errors import DataError
 
@@ -65,9 +66,12 @@ def read_group(
         with pa.PythonFile(file, mode="r") as opened:
             parquet = pq.ParquetFile(opened, metadata=metadata, pre_buffer=False, page_checksum_verification=True)
             table = parquet.read_row_group(group, columns=list(columns), use_threads=False)
-        return pa.table([_column(table, name) for name in columns], names=list(columns))
+        table = pa.table([_column(table, name) for name in columns], names=list(columns))
     except (pa.ArrowException, OSError) as error:
         raise ranges.unreadable(source.uri, error) from None
+    if len(table) != rows:  # the header of a page, which its checksum does not cover
+        raise ranges.unreadable(source.uri, f"row group {group} holds {len(table)} rows where {rows} are announced")
+    return table
 
 
 def is_image(column: pq.ColumnSchema) -> bool:
@@ -78,14 +82,15 @@ def is_image(column: pq.ColumnSchema) -> bool:
 
 def _read_footer(source: Source, start: int | None) -> pq.FileMetaData:
     if start is None:
-        start = max(0, source.bytes - _TAIL_BYTES)
-        tail = ranges.read(source, start, source.bytes)
-        needed = 8 + int.from_bytes(tail[-8:-4], "little")
-        if len(tail) < needed <= source.bytes:
-            start = source.bytes - needed
-            tail = ranges.read(source, start, source.bytes)
+        tail = ranges.read(source, max(0, source.bytes - _TAIL_BYTES), source.bytes)
+        start = source.bytes - 8 - int.from_bytes(tail[-8:-4], "little")
+        if 0 <= start < source.bytes - len(tail):
+            tail = ranges.read(source, max(0, start - SEAL_BYTES), source.bytes)
     else:
-        tail = ranges.read(source, start, source.bytes)
+        tail = ranges.read(source, max(0, start - SEAL_BYTES), source.bytes)
+    at = max(0, len(tail) - (source.bytes - start))
+    if is_damaged(tail[max(0, at - SEAL_BYTES) : at], tail[at:]):
+        raise ranges.unreadable(source.uri, "its footer does not fit its checksum")
     if not tail.endswith(_END):
         raise ranges.unreadable(source.uri, "it does not end as a Parquet file does")
     try:

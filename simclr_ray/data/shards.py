@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from simclr_ray import storage
+from simclr_ray.data.footer import seal
 from simclr_ray.data.manifest import MANIFEST_NAME, UNIT_ROWS, Shard, shard_from_file
 from simclr_ray.data.plan import PACK_DOMAIN, permutation
 from simclr_ray.errors import ConfigError
@@ -31,7 +32,7 @@ def write_shard(folder: str, index: int, rows: Sequence[ImageRow], unit_rows: in
     """Write one shard and describe it for the manifest.
 
     Image bytes are already compressed, so the file is not; and dictionaries or statistics over them would only cost.
-    Pages have checksums, for no other covers a row group that is read alone.
+    Pages and the footer have checksums, for no other covers a row group that is read alone.
     """
     table = pa.table(
         {
@@ -46,7 +47,7 @@ def write_shard(folder: str, index: int, rows: Sequence[ImageRow], unit_rows: in
         table, buffer, row_group_size=unit_rows, compression="none", use_dictionary=False, write_statistics=False,
         write_page_checksum=True,
     )  # fmt: skip
-    data = buffer.getvalue()
+    data = seal(buffer.getvalue())
     name = f"shard-{index:05d}.parquet"
     version = storage.write_bytes(storage.join(folder, name), data)
     groups = [min(unit_rows, len(rows) - start) for start in range(0, len(rows), unit_rows)]

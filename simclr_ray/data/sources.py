@@ -341,11 +341,17 @@ def _listed(source: str, lines: Sequence[Sequence[str | None]]) -> pa.Table:
     """Lines of a list as entries; an address that is relative starts at the list's folder."""
     home = source.rpartition("/")[0]
     uris = [storage.join(home, str(uri)) for uri, _ in lines]
+    local = next((uri for uri in uris if not storage.may_name(source, uri)), None)
+    if local is not None:
+        raise ConfigError(
+            "a list in a store may not name files of the machines that read it", where=source, got=local[:200],
+            fix="name objects of a store, or copy the list to this machine if you trust every line of it",
+        )  # fmt: skip
     web = next((uri for uri in uris if uri.lower().startswith(_WEB)), None)
     if web is not None and not storage.current().allow_http:
         raise ConfigError(
             "the list holds web addresses, which are not read: they could point into the cluster's own network",
-            where=source, got=storage.redact(web)[:200],
+            where=source, got=storage.redact(storage.tellable(web))[:200],
             fix="copy the images to a store, or set storage.allow_http=true if you trust every line of the list",
         )  # fmt: skip
     columns = {

@@ -25,6 +25,7 @@ from ray.data.datasource import Datasource, ReadTask
 
 from simclr_ray.data import units
 from simclr_ray.data.calm import CalmLoop
+from simclr_ray.data.decode import Limits
 from simclr_ray.data.manifest import Manifest, read_manifest
 from simclr_ray.data.plan import Plan, PlannedUnit, Segment, UnitTable
 from simclr_ray.data.units import plan_tasks, read_task
@@ -65,9 +66,9 @@ def load_plan(address: PlanAddress) -> tuple[Manifest, Plan]:
 class UnitSource(Datasource):  # type: ignore[misc]
     """Ray Data source of the units of the cursor's segment."""
 
-    def __init__(self, address: PlanAddress, cursor: Any, units_per_task: int) -> None:
+    def __init__(self, address: PlanAddress, cursor: Any, units_per_task: int, limits: Limits) -> None:
         super().__init__()
-        self._address, self._cursor, self._units_per_task = address, cursor, units_per_task
+        self._address, self._cursor, self._units_per_task, self._limits = address, cursor, units_per_task, limits
 
     def get_name(self) -> str:
         """Name in Ray's statistics."""
@@ -84,14 +85,35 @@ class UnitSource(Datasource):  # type: ignore[misc]
         segment: Segment = ray.get(self._cursor.where.remote())
         if segment.padded_start == segment.padded_stop:
             return []
-        return list(_read_tasks(self._address, segment, self._units_per_task))
+        return list(read_tasks(self._address, segment, self._units_per_task, self._limits))
 
 
-@lru_cache(maxsize=1)
-def _read_tasks(address: PlanAddress, segment: Segment, units_per_task: int) -> tuple[ReadTask, ...]:
-    """Cached, because Ray asks for an execution's tasks several times, and 40,000 units take a second to find."""
+_MADE: dict[tuple[PlanAddress, Segment, int, Limits], tuple[ReadTask, ...]] = {}
+"""The tasks of the last segment alone."""
+
+
+def read_tasks(
+    address: PlanAddress, segment: Segment, units_per_task: int, limits: Limits | None = None
+) -> tuple[ReadTask, ...]:
+    """Tasks of a segment, kept until those of another one are asked for.
+
+    Ray asks for an execution's tasks several times, and 40,000 units take a second to find. Those of the segment before
+    are dropped first: two segments' at once would take twice the memory.
+
+    Raises:
+        DataError: the manifest is another one.
+    """
+    key = (address, segment, units_per_task, limits or Limits())
+    made = _MADE.get(key)
+    if made is None:
+        _MADE.clear()
+        made = _MADE[key] = _made(*key)
+    return made
+
+
+def _made(address: PlanAddress, segment: Segment, units_per_task: int, limits: Limits) -> tuple[ReadTask, ...]:
     manifest, plan = load_plan(address)
-    tasks = plan_tasks(manifest, plan, segment.padded_start, segment.padded_stop, units_per_task)
+    tasks = plan_tasks(manifest, plan, segment.padded_start, segment.padded_stop, units_per_task, limits)
     return tuple(
         ReadTask(
             update_wrapper(partial(read_task, task), read_task),  # Ray asks for a name
@@ -115,7 +137,13 @@ def read_unit(manifest: Manifest, unit: PlannedUnit) -> pa.Table:
 
 
 def unit_stream(
-    address: PlanAddress, cursor: Any, transform: Transform, *, unit_rows: int, units_per_task: int
+    address: PlanAddress,
+    cursor: Any,
+    transform: Transform,
+    *,
+    unit_rows: int,
+    units_per_task: int,
+    limits: Limits | None = None,
 ) -> ray.data.Dataset:
     """The lazily executed stream of transformed units; give it to a TorchTrainer or `streaming_split` it.
 
@@ -125,8 +153,9 @@ def unit_stream(
         transform: Columns of one unit to columns of one unit, the same number of rows.
         unit_rows: R.
         units_per_task: Consecutive units a task.
+        limits: What an image may be, as for `transform`: another unit stands in for one that has none.
     """
-    source = UnitSource(address, cursor, units_per_task)
+    source = UnitSource(address, cursor, units_per_task, limits or Limits())
     frame = ray.data.read_datasource(source, override_num_blocks=1)
     frame = frame.map_batches(transform, batch_size=unit_rows, batch_format="numpy")
     return frame.repartition(target_num_rows_per_block=unit_rows, strict=True)

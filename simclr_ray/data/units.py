@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from simclr_ray.data.decode import REASONS
+from simclr_ray.data.decode import REASONS, Limits, Rejected, read_header
 from simclr_ray.data.manifest import Manifest
 from simclr_ray.data.plan import Plan, PlannedUnit, row_order, stand_ins
 from simclr_ray.data.ranges import LostShard
@@ -61,9 +61,13 @@ class TaskPlan(NamedTuple):
     image_column: str
     units: Mapping[int, UnitRead]
     """By position in the plan: the task's own, and those that may stand in for them."""
+    limits: Limits
+    """What an image may be."""
 
 
-def plan_tasks(manifest: Manifest, plan: Plan, start: int, stop: int, units_per_task: int) -> list[TaskPlan]:
+def plan_tasks(
+    manifest: Manifest, plan: Plan, start: int, stop: int, units_per_task: int, limits: Limits | None = None
+) -> list[TaskPlan]:
     """Cut units [start, stop) of the plan into tasks."""
     resolved: dict[int, UnitRead] = {}
 
@@ -73,12 +77,12 @@ def plan_tasks(manifest: Manifest, plan: Plan, start: int, stop: int, units_per_
         return resolved[index]
 
     count = plan.units.num_units
-    tasks = []
+    tasks, limits = [], limits or Limits()
     for first in range(start, stop, units_per_task):
         own = range(first, min(first + units_per_task, stop))
         needed = dict.fromkeys([*own, *(other for index in own for other in stand_ins(index, count))])
         units = {index: unit(index) for index in needed}
-        tasks.append(TaskPlan(own.start, own.stop, plan.seed, count, manifest.image_column, units))
+        tasks.append(TaskPlan(own.start, own.stop, plan.seed, count, manifest.image_column, units, limits))
     return tasks
 
 
@@ -91,7 +95,7 @@ def read_task(task: TaskPlan) -> Iterator[pa.Table]:
     """The units of a task in planned order, each as `read_unit` gives it, read ahead of their use.
 
     Raises:
-        DataError: a shard is another one than the manifest's, or so many units in a row are lost that none can
+        DataError: a shard is another one than the manifest's, or so many units in a row are of no use that none can
             stand in for the others.
         StorageError: the store fails.
     """
@@ -104,26 +108,30 @@ def read_task(task: TaskPlan) -> Iterator[pa.Table]:
 def read_planned(task: TaskPlan, index: int) -> pa.Table:
     """A unit of the plan, or the one that stands in for it.
 
-    A unit that is lost gives its place to the next of its epoch that is not (`stand_ins`). As that one is also used
-    in its own place, its rows stand here in views of their own: the d-th unit after this one begins at use d * R.
+    A unit without an image that can be used gives its place to the next of its epoch that has one (`stand_ins`): each
+    of its rows is lost with its shard or rejected by its header, such as the error pages of a site that is gone. As the
+    other unit is also used in its own place, its rows stand here in views of their own: the d-th unit after this one
+    begins at use d * R. What fails only when its pixels are decoded is not known here.
 
     Returns:
         `read_unit`'s table; of a stand-in, `lost_id` and `lost_reason` are those of the rows that were planned here.
     """
     own = read_unit(task.units[index], task.seed, task.image_column)
-    if not _is_lost(own):
+    if _is_of_use(own, task.limits):
         return own
+    reasons = _reasons(own, task.limits)
     for distance, other in enumerate(stand_ins(index, task.num_units), start=1):
         table = read_unit(task.units[other], task.seed, task.image_column)
-        if not _is_lost(table):
+        if _is_of_use(table, task.limits):
             uses = pa.array(np.full(len(table), distance * len(table), dtype=np.int64))
-            changes = {"unit": own["unit"], "use": uses, "lost_id": own["sample_id"], "lost_reason": own["lost_reason"]}
+            changes = {"unit": own["unit"], "use": uses, "lost_id": own["sample_id"], "lost_reason": reasons}
             return pa.table({name: changes.get(name, table[name]) for name in table.column_names})
     shards = sorted({piece.source.uri for piece in task.units[index].pieces})
+    after = len(stand_ins(index, task.num_units))
     raise DataError(
-        f"unit {index} of the plan cannot be read, and none of the {len(stand_ins(index, task.num_units))} after it",
-        where=shards[0], got=", ".join(sorted({REASONS[code] for code in own["lost_reason"].to_pylist()})),
-        fix="look whether the data set is still there; pack or index the images again",
+        f"unit {index} of the plan has no image that can be used, and neither has any of the {after} after it",
+        where=shards[0], got=", ".join(sorted({REASONS[code] for code in reasons.to_pylist()})),
+        fix="look whether the data set is still there and what is in it; pack or index the images again",
     )  # fmt: skip
 
 
@@ -163,9 +171,20 @@ def _read_piece(piece: RowRange, image_column: str) -> pa.Table:
     return table.set_column(0, "image", table["image"].cast(pa.binary()))
 
 
-def _is_lost(unit: pa.Table) -> bool:
-    """Whether not one image of a unit could be read."""
-    return bool((unit["lost_reason"].to_numpy() >= 0).all())
+def _is_of_use(unit: pa.Table, limits: Limits) -> bool:
+    """Whether one image of a unit is there and has a good header; nearly always the first tells."""
+    rows = zip(unit["image"], unit["lost_reason"].to_pylist(), strict=True)
+    return any(lost < 0 and not isinstance(read_header(image.as_py(), limits), Rejected) for image, lost in rows)
+
+
+def _reasons(unit: pa.Table, limits: Limits) -> pa.Array:
+    """Numbers of the reasons against the rows of a unit that is of no use, int8 (R,)."""
+    codes = unit["lost_reason"].to_numpy().copy()
+    for row in np.flatnonzero(codes < 0).tolist():
+        header = read_header(unit["image"][row].as_py(), limits)
+        assert isinstance(header, Rejected)
+        codes[row] = REASONS.index(header.reason)
+    return pa.array(codes, pa.int8())
 
 
 def read_ahead(items: Iterable[T], read: Callable[[T], R], *, cost: Callable[[T], int], max_cost: int) -> Iterator[R]:

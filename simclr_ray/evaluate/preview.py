@@ -57,7 +57,7 @@ def preview(
     views: list[Image] = []
     lines: list[str] = []
     units = min(table.num_units, -(-images // manifest.unit_rows))
-    for task in plan_tasks(manifest, Plan(table, settings.run.seed), 0, units, units_per_task=1):
+    for task in plan_tasks(manifest, Plan(table, settings.run.seed), 0, units, units_per_task=1, limits=limits):
         rows = read_planned(task, task.start)
         unit: Columns = {name: rows[name].to_numpy(zero_copy_only=False) for name in rows.column_names}
         out = stage.columns(unit)

@@ -14,6 +14,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 from simclr_ray.errors import StorageError
 from simclr_ray.storage.counting import METER
@@ -26,7 +27,7 @@ _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 class LocalStore:
     """The backend for paths."""
 
-    swaps = True
+    swaps: ClassVar[bool] = True
 
     def describe(self, uri: str) -> str:
         """The path's disk."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from botocore.exceptions import ClientError
 
@@ -39,7 +39,7 @@ T = TypeVar("T")
 class S3Store:
     """The backend for `s3://`."""
 
-    swaps = True
+    swaps: ClassVar[bool] = True
 
     def describe(self, uri: str) -> str:
         """Bucket, endpoint, and which link of the chain gave the credentials."""

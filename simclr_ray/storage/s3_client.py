@@ -40,12 +40,14 @@ class Client:
 
 _lock = threading.Lock()
 _clients: dict[tuple[int, int, StorageSettings], Client] = {}
-_had_credentials = False
+_found_at: int | None = None
+"""Generation of the settings at which this process found credentials."""
 
 METADATA = {"metadata_service_timeout": 2, "metadata_service_num_attempts": 5}
 """Seconds and attempts for the services that give roles their credentials, at least. botocore asks once, for one
 second; but where thousands of processes start together, their machine's service does not answer all of them at once."""
 
+NONE = "none"
 ORIGINS = {
     "env": "the environment",
     "shared-credentials-file": "the shared credentials file",
@@ -74,8 +76,8 @@ def client(settings: StorageSettings) -> Client:
 
 
 def had_credentials() -> bool:
-    """Whether this process ever found credentials, so that finding none is likely to pass."""
-    return _had_credentials
+    """Whether this process found credentials before under these settings, so that finding none is likely to pass."""
+    return _found_at == settings_.generation()
 
 
 def renew(stale: Client) -> None:
@@ -86,7 +88,7 @@ def renew(stale: Client) -> None:
 
 
 def _build(settings: StorageSettings) -> Client:
-    global _had_credentials
+    global _found_at
     session = botocore.session.Session()
     for name, least in METADATA.items():
         session.set_config_variable(name, max(least, session.get_config_variable(name)))
@@ -103,7 +105,8 @@ def _build(settings: StorageSettings) -> Client:
         signature_version=UNSIGNED if settings.anonymous else None,
     )
     origin = _origin(session, settings)
-    _had_credentials = _had_credentials or origin in ORIGINS.values()
+    if not origin.startswith(NONE):
+        _found_at = settings_.generation()
     made = session.create_client("s3", region_name=region, endpoint_url=settings.endpoint, config=config)
     made.meta.events.register("before-call.s3", _stay_in_region)
     made.meta.events.register("before-send.s3", _count)
@@ -112,11 +115,11 @@ def _build(settings: StorageSettings) -> Client:
 
 def _origin(session: Any, settings: StorageSettings) -> str:
     if settings.anonymous:
-        return "none: requests go unsigned (storage.anonymous)"
+        return f"{NONE}: requests go unsigned (storage.anonymous)"
     credentials = session.get_credentials()
     if credentials is None:  # an answer that took long; the client, which asks again, is given it at once
         session.register_component("credential_provider", CredentialResolver(providers=[]))
-        return "none"
+        return NONE
     return ORIGINS.get(credentials.method, str(credentials.method))
 
 

@@ -80,9 +80,11 @@ def endpoint_problem(endpoint: str) -> str | None:
 def is_link_local(host: str) -> bool:
     """Whether a host is an address such as 169.254.169.254, at which clouds give a machine's credentials."""
     try:
-        return ipaddress.ip_address(host.partition("%")[0]).is_link_local
+        address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
         return False
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_link_local
 
 
 _lock = threading.Lock()

@@ -253,6 +253,7 @@ def _trainer(setup: _Setup, desk: Any) -> ray.train.torch.TorchTrainer:
         ),
         unit_rows=derived.unit_rows,
         units_per_task=config.data.units_per_task,
+        limits=limits_of(config.data),
     )
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if setup.use_gpu else {})
     fewest = min(cluster.min_workers or setup.workers, setup.workers)

@@ -39,7 +39,8 @@ FORMAT = 1
 PROBE = ".probe-"
 """Begin of the names with which `check` tries whether a folder can be written."""
 #: Settings that may change between attempts: they decide speed, logging or evaluation, and the loss curve only by
-#: rounding (`loss.`, `train.channels_last` and `train.compile` by the order of sums, `views.where` by a level of a view).
+#: rounding (`loss.`, `train.channels_last`, `train.compile` and workers by the order of sums, `views.where` by a level
+#: of 255 here and there in views).
 #: The data set's place is one of them, for its fingerprint says what it holds.
 FREE = (
     "run.folder",
@@ -204,8 +205,8 @@ def note_views(run: RunFolder, *, maker: str, where: str, say: Callable[[str], N
     before = (run.info() or {}).get("views", now)
     if before != now:
         say(
-            f"views are made otherwise than at the last start: {_made(before)} then, {_made(now)} now; a few values in a "
-            "thousand differ by a level of 255, so the losses to come are nearly those of one undisturbed run, not its bits"
+            f"views are made otherwise than at the last start: {_made(before)} then, {_made(now)} now; a few values "
+            "in a thousand differ by a level of 255, so losses are nearly those of an undisturbed run, but not its bits"
         )
     run.update(views=now)
 

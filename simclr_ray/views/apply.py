@@ -96,7 +96,8 @@ def normalise(views: Tensor, policy: Policy) -> Tensor:
         policy: Its `mean` and `std` are applied, if set.
 
     Returns:
-        (m, 3, S, S) float32 on the same device, in [0, 1] or standardised, in channels-last memory: the permutation is free.
+        (m, 3, S, S) float32 on the same device, in [0, 1] or standardised, in channels-last memory: the permutation is
+        free.
     """
     assert views.dtype == torch.uint8, views.dtype
     assert views.ndim == 4, views.shape

@@ -80,7 +80,8 @@ class ViewStage:
             frames.
 
         Raises:
-            DataError: no row of the unit decodes.
+            DataError: no row of the unit decodes. Units without a single good header do not come here, for others stand
+                in for them (`data/units.py`); so all that have one are broken in their pixels.
         """
         torch.set_num_threads(1)  # Ray runs one such task a CPU; more threads would only compete
         return self.columns(unit)
@@ -94,9 +95,11 @@ class ViewStage:
         if not accepted.any():
             names = ", ".join(sorted({REASONS[code] for code in rows.reasons}))
             raise DataError(
-                f"none of the {len(accepted)} images of unit {unit['unit'][0]} can be decoded",
+                f"none of the {len(accepted)} images of unit {unit['unit'][0]} can be decoded: those with a good "
+                "header broke when their pixels were decoded, which no other unit stands in for",
                 got=names,
-                fix="look at the images with sample ids from " + str(rows.ids.min()),
+                fix=f"look at the images with sample ids {rows.ids.min()} to {rows.ids.max()}; "
+                "`simclr-ray pack` decodes every image and leaves such ones out",
             )
         source, use = replacements(accepted)
         use += rows.used[source]

@@ -14,12 +14,15 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from simclr_ray import storage
 from simclr_ray.errors import StorageError
+from simclr_ray.storage.s3_client import client, renew
 from tests.servers.proxy import Fault, Proxy
 from tests.servers.seaweed import ACCESS_KEY, READER_ACCESS_KEY, READER_SECRET_KEY, SECRET_KEY, Seaweed
 
@@ -266,6 +269,7 @@ def test_row_22_stalled_socket(proxy: Proxy, uri: str, settle: Configure) -> Non
 def test_row_22_paused_server(proxy: Proxy, uri: str, s3: Seaweed, settle: Configure) -> None:
     storage.write_bytes(uri, b"hello")
     settle(read_timeout_s=0.5)
+    storage.stat(uri)  # makes the client, which takes its time on a busy machine
     s3.pause()
     threading.Timer(2.0, s3.resume).start()
     spent = Spent()
@@ -407,6 +411,95 @@ def test_row_23_process_that_fails_is_said(
     assert proxy.requests() == 0
 
 
+class Metadata(BaseHTTPRequestHandler):
+    """The service that gives a machine's role its credentials; it refuses as many requests as it is told to."""
+
+    refusals: ClassVar[int] = 0
+    asked: ClassVar[int] = 0
+    lives_s: ClassVar[float] = 3600.0
+
+    def do_GET(self) -> None:
+        Metadata.asked += 1
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        refused = Metadata.refusals > 0
+        Metadata.refusals -= refused
+        expires = datetime.now(UTC) + timedelta(seconds=self.lives_s)
+        role = {
+            "Code": "Success", "AccessKeyId": ACCESS_KEY, "SecretAccessKey": SECRET_KEY, "Token": "",
+            "Expiration": expires.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        }  # fmt: skip
+        pages = {"token": "token", "security-credentials/": "role", "role": json.dumps(role)}
+        body = b"" if refused else next(page for end, page in pages.items() if self.path.endswith(end)).encode()
+        self.send_response(503 if refused else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_PUT = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def metadata(monkeypatch: pytest.MonkeyPatch, uri: str, settle: Configure) -> Iterator[type[Metadata]]:
+    """A machine whose role gives the credentials, and no other link of the chain does."""
+    storage.write_bytes(uri, b"hello")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    Metadata.refusals, Metadata.asked = 0, 0
+    with ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "false")
+        monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}/")
+        settle()
+        yield Metadata
+        server.shutdown()
+        thread.join()
+
+
+def test_row_23_a_busy_metadata_service_is_asked_again(metadata: type[Metadata], uri: str) -> None:
+    metadata.refusals = 4
+    spent = Spent()
+    assert storage.read_bytes(uri) == b"hello"
+    assert spent.retries == {}
+    assert metadata.asked == 4 + 3
+    assert "the machine's role" in storage.describe(uri)
+
+
+def test_row_23_a_process_that_never_had_credentials_does_not_wait_for_them(metadata: type[Metadata], uri: str) -> None:
+    metadata.refusals = 1000
+    spent = Spent()
+    assert "no credentials" in fails(lambda: storage.read_bytes(uri), within_s=5)
+    assert spent.retries == {}
+    assert metadata.asked == 10, "five for the token and five for the role, which are not asked for twice"
+
+
+def test_row_23_credentials_that_were_there_before_are_waited_for(metadata: type[Metadata], uri: str) -> None:
+    """The store refuses the token, and just then the service that would give another is out of reach."""
+    storage.read_bytes(uri)
+    renew(client(storage.current()))
+    metadata.refusals = 25
+    spent = Spent()
+    assert storage.read_bytes(uri) == b"hello"
+    assert spent.retries == {"credentials": 2}
+
+
+def test_row_23_credentials_that_do_not_come_back_are_said(
+    metadata: type[Metadata], uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.read_bytes(uri)
+    renew(client(storage.current()))
+    metadata.refusals = 1000_000
+    monkeypatch.setattr("simclr_ray.storage.s3.CREDENTIALS_S", 1.0)
+    spent = Spent()
+    text = fails(lambda: storage.read_bytes(uri))
+    assert "no credentials" in text
+    assert "attempts" in text
+    assert spent.seconds >= 1.0
+
+
 # Row 24: never a short or damaged sample.
 
 
@@ -451,3 +544,28 @@ def test_row_24_store_that_ignores_ranges(proxy: Proxy, uri: str) -> None:
     storage.write_bytes(uri, b"0123456789")
     proxy.fault(Fault("unrange", times=-1, method="GET"))
     assert "does not serve ranges" in fails(lambda: storage.read_range(uri, 2, 5))
+
+
+def test_row_24_store_that_does_not_look_at_the_version_asked_for(proxy: Proxy, uri: str) -> None:
+    version = storage.write_bytes(uri, b"0123456789")
+    other = {"Content-Range": "bytes 2-4/10", "ETag": '"another"'}
+    proxy.fault(Fault("status", method="GET", status=206, headers=other, body=b"xyz"))
+    with pytest.raises(storage.ChangedError, match="replaced"):
+        storage.read_range(uri, 2, 5, version=version)
+    same = other | {"ETag": f'W/"{version}"'}
+    proxy.fault(Fault("status", method="GET", status=206, headers=same, body=b"234"))
+    assert storage.read_range(uri, 2, 5, version=version) == b"234"
+
+
+def test_row_24_pieces_of_two_versions_are_never_joined(proxy: Proxy, uri: str) -> None:
+    """The rest of a broken body comes from another version, though the first one was asked for: all is read again."""
+    data = os.urandom(200_000)
+    storage.write_bytes(uri, data)
+    proxy.clear()
+    proxy.fault(Fault("cut", method="GET", after=70_000))
+    rest = {"Content-Range": "bytes 70000-199999/200000", "ETag": '"another"'}
+    proxy.fault(Fault("status", method="GET", status=206, headers=rest, body=b"x" * 130_000))
+    spent = Spent()
+    assert storage.read_bytes(uri) == data
+    assert spent.retries == {"short body": 1, "replaced": 1}
+    assert proxy.requests() == 3

@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from simclr_ray.data import index as index_module
 from simclr_ray.data import work
 from simclr_ray.data.index import IndexOptions, index
 from simclr_ray.data.manifest import MANIFEST_NAME, Manifest, read_manifest
@@ -257,3 +258,32 @@ def test_web_addresses_are_refused(tmp_path: Path, name: str) -> None:
         pack(str(tmp_path / name), str(tmp_path / "new"))
     assert "allow_http" in str(caught.value)
     assert not (tmp_path / "new").exists()
+
+
+def test_large_row_groups_are_told_with_what_they_cost(local_ray: None, images: list[ImageRow], tmp_path: Path) -> None:
+    sources.parquet(tmp_path / "large", images, each=150, group=150)
+    sources.parquet(tmp_path / "small", images, each=150, group=UNIT)
+    large, small = (
+        index(str(tmp_path / name), str(tmp_path / f"{name}-index"), IndexOptions(unit_rows=UNIT))
+        for name in ("large", "small")
+    )
+    (note,) = large.notes
+    assert "10.0 bytes for each byte of images stored" in note, "nine units of 16, and the rest"
+    assert "pack the source" in note
+    (note,) = small.notes
+    assert note.endswith("1.0 bytes for each byte of images stored")
+    report = json.loads((tmp_path / "large-index" / work.REPORT_NAME).read_text())
+    assert (report["read_per_stored"], report["notes"]) == (10.0, large.notes)
+
+
+def test_loose_images_that_stay_in_order_are_told(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert index(str(folder / "loose"), str(tmp_path / "few"), IndexOptions(unit_rows=UNIT)).notes == []
+    monkeypatch.setattr(index_module, "SHUFFLED_WHOLE", COUNT - 1)
+    report = index(str(folder / "loose"), str(tmp_path / "many"), IndexOptions(unit_rows=UNIT))
+    (note,) = report.notes
+    assert "keep the order of their URIs" in note
+    assert "pack them" in note
+    first = read_rows(report.manifest, [Piece(0, 0, 0, UNIT, 0)], ["uri"])["uri"].to_pylist()
+    assert first == sorted(first)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,31 @@ def test_a_lost_shard_shifts_nothing_at_any_number_of_workers(
         for ranks in (one[step], two[step]):
             rejected = sorted(entry for _, _, entries in ranks for entry in entries)
             assert rejected == [(i, REASONS.index("shard_missing")) for i in sorted(whole) if i in lost]
+
+
+def test_a_unit_of_error_pages_shifts_nothing_at_any_number_of_workers(
+    expected: dict[int, list[Any]], rows: list[ImageRow], tmp_path: Path
+) -> None:
+    """Not one of its images can be used: another unit stands in, and all others keep their step and their views."""
+    bad = range(16, 32)
+    some = [replace(row, image=b"<html>404</html>") if i in bad else row for i, row in enumerate(rows)]
+    manifest = as_parquet(str(tmp_path / "set"), some)
+    runs = [stream_steps(manifest, workers, last=STEPS) for workers in (1, 2, 3)]
+    reported = []
+    for step in range(STEPS):
+        handed_out = [
+            sorted((int(i), v.tobytes()) for ids, views, _ in run[step] for i, v in zip(ids, views, strict=True))
+            for run in runs
+        ]
+        assert handed_out[0] == handed_out[1] == handed_out[2]
+        assert len(set(handed_out[0])) == PER_STEP * R, "no view is there twice"
+        whole = by_sample(expected[step])
+        assert {(i, view) for i, view in whole.items() if i not in bad} <= set(handed_out[0])
+        for run in runs:
+            rejected = sorted(entry for _, _, entries in run[step] for entry in entries)
+            assert rejected == [(i, REASONS.index("not_an_image")) for i in sorted(whole) if i in bad]
+        reported += rejected
+    assert {i for i, _ in reported} == set(bad), "the unit was met"
 
 
 def test_a_shard_that_was_rewritten_stops_the_stream(local_ray: None, rows: list[ImageRow], tmp_path: Path) -> None:

@@ -8,17 +8,20 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from simclr_ray import storage
 from simclr_ray.data import index as index_module
+from simclr_ray.data import pack as pack_module
 from simclr_ray.data import work
 from simclr_ray.data.index import IndexOptions, index
 from simclr_ray.data.pack import pack
 from simclr_ray.errors import ConfigError
-from tests.conftest import ROOT
+from tests.conftest import ROOT, all_rows, make_data_set
 from tests.integration import sources
 
 pytestmark = pytest.mark.integration
@@ -146,18 +149,9 @@ def test_a_process_that_is_killed_leaves_no_duplicate_and_no_hole(
     assert files(destination) == disturbed
 
 
-def test_other_settings_are_refused_once_shards_are_written(
-    local_ray: None, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from simclr_ray.data import pack as pack_module
-
-    def killed(*arguments: object) -> None:
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pack_module, "_committed", killed)
-        with pytest.raises(Killed):
-            pack(str(source), str(tmp_path / "new"), **SETTINGS)
+def test_other_settings_are_refused_once_shards_are_written(local_ray: None, source: Path, tmp_path: Path) -> None:
+    with killed_at("_committed"):
+        pack(str(source), str(tmp_path / "new"), **SETTINGS)
     with pytest.raises(ConfigError, match="another seed") as caught:
         pack(str(source), str(tmp_path / "new"), **(SETTINGS | {"seed": 4}))
     assert "expected 3" in str(caught.value)
@@ -187,3 +181,92 @@ def test_an_index_goes_on_with_what_was_opened(
     assert again.manifest.fingerprint == undisturbed.manifest.fingerprint
     kept = {path.name for path in opened.iterdir() if path.stat().st_mtime_ns == times[path.name]}
     assert len(kept) == 3
+
+
+# --- a source that changes in between -------------------------------------------------------------------------------
+
+
+@contextmanager
+def killed_at(name: str, module: object = pack_module) -> Iterator[None]:
+    """The process ends where it would call a function."""
+
+    def killed(*arguments: object) -> None:
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, name, killed)
+        try:
+            yield
+        except Killed:
+            return
+    raise AssertionError(f"{name} was not called")
+
+
+@pytest.fixture
+def listed(tmp_path: Path) -> Callable[[slice], Path]:
+    """Writes a list of some of 40 loose images."""
+    sources.loose(tmp_path / "loose", sources.rows(40))
+    images = sorted((tmp_path / "loose").rglob("*.png"))
+
+    def write(chosen: slice) -> Path:
+        (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in images[chosen]))
+        return tmp_path / "list.txt"
+
+    return write
+
+
+def test_a_list_that_changed_is_refused_once_shards_are_written(
+    local_ray: None, listed: Callable[[slice], Path], tmp_path: Path
+) -> None:
+    options = {"unit_rows": UNIT, "shard_bytes": 2_500}
+    with killed_at("_committed"):
+        pack(str(listed(slice(30))), str(tmp_path / "new"), **options)
+    before = files(tmp_path / "new")
+    listed(slice(5, 40))
+    with pytest.raises(ConfigError, match="the source changed since the work in this folder was begun") as caught:
+        pack(str(tmp_path / "list.txt"), str(tmp_path / "new"), **options)
+    assert "delete the folder" in str(caught.value)
+    assert files(tmp_path / "new") == before
+    listed(slice(30))
+    rows = all_rows(pack(str(tmp_path / "list.txt"), str(tmp_path / "new"), **options).manifest)
+    assert len(rows) == len({row["uri"] for row in rows}) == 30
+
+
+def test_a_data_set_that_changed_is_refused_once_shards_are_written(local_ray: None, tmp_path: Path) -> None:
+    options = {"unit_rows": UNIT, "shard_bytes": 2_500}
+    make_data_set(tmp_path / "set", sources.rows(40), unit_rows=UNIT)
+    with killed_at("_committed"):
+        pack(str(tmp_path / "set"), str(tmp_path / "new"), **options)
+    storage.delete_folder(str(tmp_path / "set"))
+    make_data_set(tmp_path / "set", sources.rows(60)[::-1], unit_rows=UNIT)
+    with pytest.raises(ConfigError, match="the source changed"):
+        pack(str(tmp_path / "set"), str(tmp_path / "new"), **options)
+
+
+def test_before_any_shard_a_list_that_changed_begins_anew(
+    local_ray: None, listed: Callable[[slice], Path], tmp_path: Path
+) -> None:
+    """Its index and the hashes of its images, which go by their number in the list, are thrown away."""
+    options = {"unit_rows": UNIT, "shard_bytes": 2_500, "deduplicate": "exact"}
+    with killed_at("_written"):
+        pack(str(listed(slice(30))), str(tmp_path / "new"), **options)
+    assert list((tmp_path / "new" / work.HASHES).iterdir())
+    report = pack(str(listed(slice(None, None, 2))), str(tmp_path / "new"), **options)
+    disturbed = files(tmp_path / "new")
+    storage.delete_folder(str(tmp_path / "new"))
+    assert pack(str(tmp_path / "list.txt"), str(tmp_path / "new"), **options) == report
+    assert files(tmp_path / "new") == disturbed
+
+
+def test_an_index_of_a_list_of_tars_that_changed_begins_anew(
+    local_ray: None, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Notes of opened tars go by their number in the list."""
+    monkeypatch.setattr(index_module, "SHARDS_A_TASK", 1)
+    tars = sorted(source.glob("*.tar"))
+    (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in tars[:2]))
+    with killed_at("write_manifest", index_module):
+        index(str(tmp_path / "list.txt"), str(tmp_path / "new"), IndexOptions(unit_rows=UNIT))
+    (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in tars[1:3]))
+    manifest = index(str(tmp_path / "list.txt"), str(tmp_path / "new"), IndexOptions(unit_rows=UNIT)).manifest
+    assert [manifest.shard_uri(shard) for shard in range(2)] == [str(path) for path in tars[1:3]]

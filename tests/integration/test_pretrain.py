@@ -31,6 +31,7 @@ from simclr_ray.observe.metrics import read_jsonl
 from simclr_ray.train.checkpoint import committed_steps, load
 from simclr_ray.train.pretrain import pretrain
 from simclr_ray.train.run import RunFolder, read_quarantine
+from simclr_ray.views.make import maker
 from tests.conftest import make_data_set, real_rows
 
 pytestmark = pytest.mark.integration
@@ -77,6 +78,7 @@ def test_a_run_leaves_its_folder(undisturbed: Path) -> None:
     assert committed_steps(str(undisturbed / "checkpoints")) == [STEPS - 8, STEPS - 4, STEPS]  # the newest three
     info = json.loads((undisturbed / "run.json").read_text())
     assert (info["status"], info["attempts"]) == ("finished", 1)
+    assert info["views"] == {"maker": maker(), "where": "cpu"}
     assert (undisturbed / "resolved.yaml").exists()
     assert load_encoder(str(undisturbed)).step == STEPS
     facts = load(str(undisturbed / "checkpoints"), STEPS).facts

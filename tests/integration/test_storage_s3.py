@@ -267,6 +267,16 @@ def test_anonymous_requests_are_unsigned(s3: Seaweed, configure: Configure) -> N
     assert "requests go unsigned" in text
 
 
+def test_a_password_in_the_endpoint_is_not_told(
+    s3: Seaweed, monkeypatch: pytest.MonkeyPatch, configure: Configure
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3.endpoint.replace("://", "://planted-user:planted-password@"))
+    configure(storage.StorageSettings())
+    for text in (storage.describe("s3://train/x"), refused("read", "s3://no-such-bucket/key")):
+        assert s3.endpoint.removeprefix("http://") in text
+        assert "planted" not in text
+
+
 @pytest.mark.parametrize("path_style", [True, None])
 def test_endpoint_and_region_may_come_from_the_settings(
     s3: Seaweed, s3_folder: str, path_style: bool | None, monkeypatch: pytest.MonkeyPatch, configure: Configure

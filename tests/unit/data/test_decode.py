@@ -28,7 +28,7 @@ from simclr_ray.data.decode import (
     reductions,
 )
 from simclr_ray.errors import ConfigError
-from tests.unit.views.images import natural
+from tests.unit.views.images import natural, png_of_16_bits
 
 # Pillow warns of odd metadata on its way to our answer.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
@@ -124,6 +124,28 @@ def test_16_bit_png_is_scaled_not_clipped():
     assert out.mean() == pytest.approx(127.5, abs=0.5)
     assert np.abs(out[..., 0] - ramp / 257).max() <= 0.5
     assert (out[..., 0] == out[..., 2]).all()
+
+
+@pytest.mark.parametrize(("channels", "bound"), [(1, 0.5), (2, 1), (3, 1), (4, 1)])
+def test_16_bit_png_of_colours_is_within_a_level(channels: int, bound: float):
+    levels = np.random.default_rng(0).integers(0, 65536, (64, 48, channels), dtype=np.uint16)
+    levels[:4] = np.array([0, 255, 256, 65535], np.uint16)[:, None, None]
+    colours = 1 if channels < 3 else 3
+    if channels in (2, 4):
+        levels[..., -1] = 65535
+    error = pixels(png_of_16_bits(levels)) - levels[..., :colours] / 257
+    assert np.abs(error).max() <= bound
+    assert abs(error.mean()) <= 0.02
+    assert (error[[0, 3]] == 0).all()  # black and white
+
+
+def test_16_bit_png_shows_the_background_where_it_is_transparent():
+    levels = np.full((4, 6, 4), 20_000, np.uint16)
+    levels[:, :3, 3] = 0
+    levels[:, 3:, 3] = 65535
+    out = pixels(png_of_16_bits(levels), Limits(background=(1, 2, 3)))
+    assert (out[:, :3] == (1, 2, 3)).all()
+    assert (out[:, 3:] == 20_000 >> 8).all()
 
 
 def test_16_bit_tiff_is_scaled_in_either_byte_order():

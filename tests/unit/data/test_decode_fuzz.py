@@ -1,4 +1,4 @@
-"""Damaged real files against the decoders, in a process of bounded memory.
+"""Damaged real files against the decoders and the stage that makes views of them, in a process of bounded memory.
 
 Every file starts as an image that decodes. The seed is fixed, so a failure repeats; its message names the mutation.
 """
@@ -21,14 +21,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageOps
 
 from simclr_ray.data.decode import REASONS, Limits, Rejected, decode, decode_reduced, read_header
+from simclr_ray.views.policy import preset
+from simclr_ray.views.stage import ViewStage
 from tests.conftest import real_rows
-from tests.unit.views.images import natural
+from tests.unit.views.images import natural, png_of_16_bits
 
 MUTATIONS = 10_000
+WIDTH, HEIGHT = 112, 80  # of the photograph: enough to be reduced by 8
+UNIT = 25
 LIMITS = Limits(max_pixels=1_000_000)
+STAGE = ViewStage(preset("imagenet-broad", size=8), seed=1, limits=LIMITS)  # so small that crops allow every reduction
 # Decoding a million pixels takes 20 MB; the rest is room for the allocator's habits.
 MEMORY = 128 << 20
 SECONDS_PER_CALL = 2.0  # 20 ms on a quiet machine
@@ -58,13 +64,13 @@ TOKENS = (
 
 
 def photo() -> Image.Image:
-    """A photograph of 72 x 54 pixels, if matplotlib brings one; else an image like one."""
+    """A photograph, if matplotlib brings one; else an image like one."""
     spec = importlib.util.find_spec("matplotlib")
     for folder in spec.submodule_search_locations or [] if spec else []:
         path = Path(folder) / "mpl-data" / "sample_data" / "grace_hopper.jpg"
         if path.exists():
-            return ImageOps.fit(Image.open(path).convert("RGB"), (72, 54))
-    return Image.fromarray(natural(54, 72))
+            return ImageOps.fit(Image.open(path).convert("RGB"), (WIDTH, HEIGHT))
+    return Image.fromarray(natural(HEIGHT, WIDTH))
 
 
 def encode(image: Image.Image, kind: str, **options) -> bytes:
@@ -96,6 +102,7 @@ def files() -> list[tuple[str, bytes]]:
         ("JPEG pair", encode(colour, "MPO", **more)),
         ("PNG", encode(colour, "PNG", exif=exif)),
         ("PNG 16", encode(deep, "PNG")),
+        ("PNG 16 colour", png_of_16_bits(np.asarray(colour).astype(np.uint16) * 257)),
         ("PNG palette", encode(palette, "PNG", transparency=1)),
         ("PNG alpha", encode(alpha, "PNG")),
         ("PNG animated", encode(colour, "PNG", **more)),
@@ -159,8 +166,8 @@ def with_checksums(png: bytes) -> bytes:
     return bytes(out)
 
 
-def check(data: bytes, rng: random.Random, buffer: np.ndarray) -> str:
-    """Every promise about one file; "accepted" or the reason of its rejection."""
+def check(data: bytes, rng: random.Random, buffer: np.ndarray, reductions: Counter[int]) -> str:
+    """Every promise about one file; "accepted" or the reason of its rejection. Counts the reductions applied."""
     header = read_header(data, LIMITS)
     out = decode(data, LIMITS)
     if isinstance(out, Rejected):
@@ -179,44 +186,68 @@ def check(data: bytes, rng: random.Random, buffer: np.ndarray) -> str:
         assert out.flags.writeable
         assert header.height * header.width <= LIMITS.max_pixels
     if rng.random() < 0.5:
-        again = decode_reduced(data, header, LIMITS, reduction=rng.choice((1, 2, 4)), buffer=buffer)
+        again = decode_reduced(data, header, LIMITS, reduction=rng.choice((1, 2, 4, 8)), buffer=buffer)
         assert isinstance(again, Rejected) == isinstance(out, Rejected)
         if isinstance(again, Rejected):
             assert again == out
         else:
+            reductions[again.reduction] += 1
             sides = tuple(-(-side // again.reduction) for side in (header.height, header.width))
             assert again.pixels.shape == (*sides, 3)
             assert again.reduction > 1 or np.array_equal(again.pixels, out)
     return out.reason if isinstance(out, Rejected) else "accepted"
 
 
+def check_stage(files: list[bytes], outcomes: list[str], good: bytes) -> None:
+    """As many rows out as in, and rejected is what `decode` rejects, for the same reason."""
+    images = np.array([*files, good], dtype=object)
+    numbers = np.arange(len(images))
+    out = STAGE.columns({"image": images, "sample_id": numbers, "unit": numbers * 0, "epoch": numbers * 0})
+    assert out["views"].shape == (len(images), 2, 8, 8, 3)
+    rejected = [code for code in range(len(files)) if outcomes[code] != "accepted"]
+    assert np.flatnonzero(out["rejected_id"] >= 0).tolist() == rejected
+    assert [REASONS[code] for code in out["reason"][rejected]] == [outcomes[code] for code in rejected]
+
+
 def bound_memory() -> None:
+    torch.set_num_threads(1)
+    check_stage([], [], encode(photo(), "JPEG"))  # libraries are loaded when they are first used
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY,) * 2)
 
 
-def fuzz(sources: list[tuple[str, bytes]], seed: int) -> tuple[Counter[tuple[str, str]], float]:
-    """Outcomes by kind of file, and the longest time of one file."""
+def fuzz(sources: list[tuple[str, bytes]], seed: int) -> tuple[Counter[tuple[str, str]], Counter[int], float]:
+    """Outcomes by kind of file, reductions that were applied, and the longest time of one file."""
     # Pillow warns of odd metadata on its way to our answer, and libtiff prints what it thinks of it.
     warnings.simplefilter("ignore")
     terminal = os.dup(2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     faulthandler.dump_traceback_later(SECONDS_TO_HANG, exit=True, file=terminal)
     outcomes: Counter[tuple[str, str]] = Counter()
+    reductions: Counter[int] = Counter()
+    unit: list[tuple[bytes, str]] = []
     slowest = 0.0
-    buffer = np.empty(3 * 54 * 72, np.uint8)
+    buffer = np.empty(3 * HEIGHT * WIDTH, np.uint8)
     for number in range(MUTATIONS):
         rng = random.Random(f"{seed} {number}")
         name, data = sources[number % len(sources)]
+        damaged = mutate(data, sources, rng)
         start = time.process_time()
         try:
-            outcome = check(mutate(data, sources, rng), rng, buffer)
+            outcome = check(damaged, rng, buffer, reductions)
         except BaseException as error:
             raise AssertionError(f"mutation {number} of seed {seed}, of a {name}: {error!r}") from error
         slowest = max(slowest, time.process_time() - start)
         outcomes[name, outcome] += 1
+        unit.append((damaged, outcome))
+        if len(unit) == UNIT:
+            try:
+                check_stage(*map(list, zip(*unit, strict=True)), good=sources[0][1])
+            except BaseException as error:
+                raise AssertionError(f"the {UNIT} mutations up to {number} of seed {seed}: {error!r}") from error
+            unit.clear()
     faulthandler.cancel_dump_traceback_later()
-    return outcomes, slowest
+    return outcomes, reductions, slowest
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the memory of a process is bounded by way of /proc")
@@ -225,8 +256,10 @@ def test_no_damage_raises_hangs_or_costs_memory():
     for name, data in sources:
         assert not isinstance(decode(data, LIMITS), Rejected), name
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=bound_memory) as pool:
-        outcomes, slowest = pool.submit(fuzz, sources, 1).result()  # a crash of the process is an error here
+        # A crash of the process is an error here.
+        outcomes, reductions, slowest = pool.submit(fuzz, sources, 1).result()
     assert slowest < SECONDS_PER_CALL
+    assert min(reductions[factor] for factor in (1, 2, 4, 8)) > 50, reductions
     for family in {name.split()[0] for name, _ in sources}:
         counts = [0, 0]
         for (name, outcome), number in outcomes.items():

@@ -118,6 +118,22 @@ def test_web_addresses_are_read_only_where_it_is_allowed(
     assert len(rows(seen(tmp_path / "l.txt"))) == 1
 
 
+@pytest.mark.parametrize("name", ["/etc/hostname", "file:///etc/hostname"])
+def test_a_list_in_a_store_may_not_name_files_of_this_machine(tmp_path: Path, name: str) -> None:
+    lists = f"memory://{tmp_path.name}-{name.count('/')}"
+
+    def listed() -> list[tuple[str, str | None]]:
+        return rows(look(f"{lists}/l.txt", str(tmp_path), kind=None, labels="none", leave_out=[], column=None))
+
+    storage.write_bytes(f"{lists}/l.txt", f"a.png\n{name}\n".encode())
+    with pytest.raises(ConfigError, match="may not name files of the machines"):
+        listed()
+    storage.write_bytes(f"{lists}/l.txt", b"a.png\ns3://bucket/b.png\n")
+    assert [uri for uri, _ in listed()] == [f"{lists}/a.png", "s3://bucket/b.png"]
+    (tmp_path / "l.txt").write_text(f"a.png\n{name}\n")
+    assert len(rows(seen(tmp_path / "l.txt"))) == 2
+
+
 def test_a_list_without_labels_is_a_sentence(tmp_path: Path) -> None:
     pq.write_table(pa.table({"url": ["a.png"]}), tmp_path / "l.parquet")
     with pytest.raises(DataError, match="no labels"):

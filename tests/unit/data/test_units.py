@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simclr_ray.data import units
-from simclr_ray.data.decode import REASONS
+from simclr_ray.data.decode import REASONS, Limits
 from simclr_ray.data.manifest import Manifest, read_manifest
 from simclr_ray.data.plan import Plan, UnitTable, stand_ins
 from simclr_ray.data.shards import ImageRow
@@ -156,6 +156,63 @@ def test_every_kind_of_loss_is_no_end_of_the_run(
     assert lost == {-1, REASONS.index("shard_unreadable")}
 
 
+PAGE = b"<!doctype html><title>404</title>"
+
+
+def spoiled(rows: list[ImageRow], bad: range, instead: bytes = PAGE) -> list[ImageRow]:
+    return [replace(row, image=instead) if i in bad else row for i, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize("make", [as_parquet, as_tar, as_objects])
+def test_a_unit_of_error_pages_is_replaced_like_a_lost_one(
+    tmp_path: Path, rows: list[ImageRow], make: Callable[..., Manifest]
+) -> None:
+    whole = read_all(tasks_of(as_parquet(str(tmp_path / "whole"), rows), 0, 20, 3))
+    manifest = make(str(tmp_path / "set"), spoiled(rows, range(16, 32)))
+    tables = read_all(tasks_of(manifest, 0, 20, 3))
+    assert read_all(tasks_of(manifest, 0, 20, 7)) == tables, "whatever the tasks"
+    replaced = 0
+    for table, before in zip(tables, whole, strict=True):
+        if not set(before["sample_id"].to_pylist()) <= set(range(16, 32)):
+            assert table == before
+            continue
+        replaced += 1
+        distance = table["use"][0].as_py() // R
+        assert set(table["use"].to_pylist()) == {distance * R}
+        assert table["lost_id"].to_pylist() == before["sample_id"].to_pylist()
+        assert {REASONS[code] for code in table["lost_reason"].to_pylist()} == {"not_an_image"}
+        assert table["unit"].to_pylist() == before["unit"].to_pylist()
+        assert PAGE not in table["image"].to_pylist()
+        assert table.schema == before.schema
+    assert replaced == 2, "once in each epoch"
+
+
+def test_rows_that_are_lost_and_rows_that_are_bad_make_a_unit_of_no_use_together(
+    tmp_path: Path, rows: list[ImageRow]
+) -> None:
+    manifest = as_objects(str(tmp_path / "set"), spoiled(rows, range(3)))
+    for number in range(3, 16):
+        (tmp_path / "set" / "images" / f"00-{number:03d}.png").unlink()
+    found = {}
+    for table in read_all(tasks_of(manifest, 0, 10, 4)):
+        found |= dict(zip(table["lost_id"].to_pylist(), table["lost_reason"].to_pylist(), strict=True))
+    del found[-1]
+    assert {i: REASONS[code] for i, code in found.items()} == {
+        i: "not_an_image" if i < 3 else "shard_missing" for i in range(16)
+    }
+
+
+def test_one_good_header_keeps_a_unit_and_the_limits_of_the_run_decide(tmp_path: Path, rows: list[ImageRow]) -> None:
+    manifest = as_parquet(str(tmp_path / "set"), spoiled(rows, range(1, 16)))
+    plan = plan_of(manifest)
+    index = next(j for j in range(10) if {p.first_sample_id for p in plan.unit(j).pieces} == {0})
+    (task,) = plan_tasks(manifest, plan, index, index + 1, 1)
+    assert set(read_planned(task, index)["lost_id"].to_pylist()) == {-1}
+    (strict,) = plan_tasks(manifest, plan, index, index + 1, 1, Limits(min_side=29))
+    with pytest.raises(DataError, match=r"no image that can be used.*not_an_image, too_small"):
+        read_planned(strict, index)
+
+
 def test_a_shard_that_was_rewritten_ends_the_run(manifest: Manifest, rows: list[ImageRow], tmp_path: Path) -> None:
     other = as_parquet(str(tmp_path / "other"), rows[::-1])
     shard = Path(manifest.shard_uri(1))
@@ -169,9 +226,7 @@ def test_a_data_set_that_is_gone_ends_the_run(manifest: Manifest) -> None:
     tasks = tasks_of(manifest, 0, 10, 4)
     for shard in range(4):
         lose(manifest, shard)
-    with pytest.raises(
-        DataError, match=r"unit 0 of the plan cannot be read, and none of the 8 after it.*shard_missing"
-    ):
+    with pytest.raises(DataError, match=r"unit 0 of the plan has no image.*any of the 8 after it.*shard_missing"):
         read_all(tasks)
 
 
@@ -180,7 +235,7 @@ def test_a_data_set_of_one_unit_has_no_stand_in(tmp_path: Path, rows: list[Image
     (task,) = tasks_of(manifest, 0, 3, 3)
     assert [len(table) for table in read_task(task)] == [16, 16, 16]
     lose(manifest, 0)
-    with pytest.raises(DataError, match="none of the 0 after it"):
+    with pytest.raises(DataError, match="any of the 0 after it"):
         read_planned(task, 1)
 
 

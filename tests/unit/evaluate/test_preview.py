@@ -79,7 +79,7 @@ def sheets(monkeypatch: pytest.MonkeyPatch) -> list[Sheet]:
 
 def trained_on(manifest: Manifest, stage: ViewStage, units: int) -> dict[str, np.ndarray]:
     """The first units as the stream makes them."""
-    [task] = plan_tasks(manifest, Plan(UnitTable(manifest), stage.seed), 0, units, units)
+    [task] = plan_tasks(manifest, Plan(UnitTable(manifest), stage.seed), 0, units, units, stage.limits)
     made = [
         stage.columns({name: rows[name].to_numpy(zero_copy_only=False) for name in rows.column_names})
         for rows in read_task(task)

@@ -68,3 +68,29 @@ def test_a_uri_with_options_is_refused(uri: str) -> None:
 def test_a_uri_without_a_bucket_is_refused(uri: str) -> None:
     with pytest.raises(StorageError):
         bucket_and_key(uri)
+
+
+@pytest.mark.parametrize(
+    ("uri", "told"),
+    [
+        ("https://h.org/a b.png", "https://h.org/a b.png"),
+        ("https://h.org/a.png?se=2030&Policy=p4ss", "https://h.org/a.png?[redacted]"),
+        ("HTTPS://h.org:8443/a.png?a=1#b?c", "HTTPS://h.org:8443/a.png?[redacted]"),
+        ("http://user:p4ss@h.org/a@b.png#p4ss", "http://h.org/a@b.png"),
+        ("http://p4ss@h.org?p4ss", "http://h.org?[redacted]"),
+        ("s3://bucket/what?.png#1", "s3://bucket/what?.png#1"),
+        ("/folder/what?.png", "/folder/what?.png"),
+        ("no uri at all", "no uri at all"),
+    ],
+)
+def test_what_signs_a_web_address_is_not_told(uri: str, told: str) -> None:
+    assert storage.tellable(uri) == told
+    assert storage.tellable(told) == told
+
+
+def test_a_list_in_a_store_may_not_name_local_paths() -> None:
+    for uri in ("/etc/passwd", "file:///etc/passwd", "relative"):
+        assert storage.may_name("/lists/l.txt", uri)
+        assert not storage.may_name("s3://bucket/l.txt", uri)
+    assert storage.may_name("s3://bucket/l.txt", "gs://bucket/a.png")
+    assert storage.may_name("l.txt", "s3://bucket/a.png")

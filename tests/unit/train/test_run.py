@@ -57,6 +57,6 @@ def test_a_start_whose_views_are_made_otherwise_says_so_once_and_keeps_who_makes
         assert len(said) == 1
         assert f"by {before}" in said[0]
         assert f"by {maker} with views.where={where} now" in said[0]
-        assert "not its bits" in said[0]
+        assert "but not its bits" in said[0]
         note_views(run, maker=maker, where=where, say=said.append)
         assert len(said) == 1

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
+
 import numpy as np
 import numpy.typing as npt
 
@@ -20,3 +23,15 @@ def natural(height: int, width: int, seed: int = 0) -> npt.NDArray[np.uint8]:
 
 def grey_as_rgb(height: int, width: int, seed: int = 0) -> npt.NDArray[np.uint8]:
     return np.repeat(natural(height, width, seed)[..., :1], 3, axis=2)
+
+
+def png_of_16_bits(levels: npt.NDArray[np.uint16]) -> bytes:
+    """A PNG of (H, W, channels) uint16, which Pillow can only write in grey."""
+    height, width, channels = levels.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\x00" + row.astype(">u2").tobytes() for row in levels)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    packed = (
+        struct.pack(">I", len(data)) + tag + data + struct.pack(">I", zlib.crc32(tag + data)) for tag, data in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
