@@ -135,6 +135,7 @@ def same_picture(hashes: UInt64s, distance: int) -> tuple[Rows, npt.NDArray[np.u
     """For each of n hashes the one that stays in its place, and the bits in which they differ.
 
     In order: a hash is dropped if one that stays is within the distance, for the nearest of them, the first of equals.
+    Equal hashes are decided once, where the first of them stands: all are dropped for the same one.
     """
     values, first, number = _distinct(hashes)
     leader, apart = np.arange(len(values), dtype=np.uint32), np.zeros(len(values), dtype=np.uint8)

@@ -118,7 +118,7 @@ def index(
         manifest = build(found, source, destination, options)
     report = json.loads(storage.read_bytes(storage.join(destination, REPORT_NAME)))
     finish(destination)
-    return IndexReport(manifest, report["rejected"], report["counts"], report["notes"])
+    return IndexReport(manifest, report["rejected"], report["counts"], report.get("notes", []))
 
 
 def survey(source: str, folder: str, options: IndexOptions, claimed: Claim) -> Found | None:
@@ -195,9 +195,10 @@ def _notes(manifest: Manifest, kind: str) -> list[str]:
         return [note]
     if kind == "objects" and "seed" not in manifest.source:
         return [
-            f"above {SHUFFLED_WHOLE:,} loose images keep the order of their URIs: neighbours in a folder share a unit "
-            f"of {manifest.unit_rows}, and only units are mixed; pack them, which at least mixes units into shards, "
-            "or give a list of Parquet in a random order"
+            f"above {SHUFFLED_WHOLE:,} loose images keep the order of their URIs, or of their list if that is Parquet: "
+            f"unless it is random, neighbours in a folder share a unit of {manifest.unit_rows} and only units are "
+            "mixed; pack them, which mixes such runs over all shards and single images within each, or give a Parquet "
+            "list in a random order"
         ]
     return []
 

@@ -29,7 +29,7 @@ from simclr_ray.data.plan import Segment
 from simclr_ray.errors import ClusterError, DataError, NumericsError, StorageError, root_cause
 from simclr_ray.learn.nt_xent import NTXent, distributed_nt_xent
 from simclr_ray.learn.optim import learning_rate_at, make_optimizer
-from simclr_ray.model.batch_norm import batch_norms, calibrating, synchronise_batch_norm
+from simclr_ray.model.batch_norm import batch_norms, calibrating, keep_apart, synchronise_batch_norm
 from simclr_ray.model.simclr import SimCLR
 from simclr_ray.train import checkpoint as ckpt
 from simclr_ray.train.ahead import OneAhead
@@ -108,7 +108,7 @@ def _train(order: WorkerOrder, pulse: Pulse) -> None:
         micro_batches = torch.split(views, list(batch.micro_batches))
         if config.model.batch_norm == "frozen" and batch.step == 0:
             _calibrate(model, encode, micro_batches)
-        with _offenders_named(batch, micro_batches, encode, order.desk):
+        with _offenders_named(batch, micro_batches, model, encode, order.desk):
             numbers = train_step(
                 parallel,
                 optimizer,
@@ -301,17 +301,19 @@ def _teller(desk: Any) -> Callable[[str], None]:
 
 @contextlib.contextmanager
 def _offenders_named(
-    batch: StepBatch, micro_batches: Sequence[Tensor], encode: Callable[[Tensor], Tensor], desk: Any
+    batch: StepBatch, micro_batches: Sequence[Tensor], model: SimCLR, encode: Callable[[Tensor], Tensor], desk: Any
 ) -> Iterator[None]:
-    """Say which images gave projections that are not finite; all ranks come here together, or none.
+    """Say which images give projections that are not finite; all ranks come here together, or none.
 
-    They are found by one more forward pass, under the weights that were not changed.
+    They are found by one more forward pass, under the weights that were not changed, with statistics of batch norm that
+    are no image's: in the batch's own, one image that is not finite makes all others so. The model is of no use after.
     """
     try:
         yield
     except NumericsError as error:
         ends = np.cumsum(batch.micro_batches)[:-1]
         mine: list[int] = []
+        keep_apart(model)
         with torch.no_grad():
             for views, of_views in zip(micro_batches, np.split(batch.sample_ids, ends), strict=True):
                 finite = torch.isfinite(encode(views)).all(dim=1).view(2, -1).all(dim=0)

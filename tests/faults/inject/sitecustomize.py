@@ -23,12 +23,11 @@ def install(module: ModuleType, kind: str, rank: int, step: int, once: str) -> N
     import torch.distributed as dist
 
     current: dict[str, int] = {}
-    batches, images = module._batches, module._images
+    loss, images = module._loss, module._images
 
-    def watched_batches(*arguments: Any, **options: Any) -> Any:
-        for batch in batches(*arguments, **options):
-            current["step"] = batch.step
-            yield batch
+    def watched_loss(config: Any, batch: Any, **options: Any) -> Any:
+        current["step"] = batch.step  # made before the forward pass of its step; batches are fetched ahead
+        return loss(config, batch, **options)
 
     def disturbed_images(*arguments: Any, **options: Any) -> Any:
         pixels = images(*arguments, **options)
@@ -41,7 +40,7 @@ def install(module: ModuleType, kind: str, rank: int, step: int, once: str) -> N
                 time.sleep(3600)
         return pixels
 
-    module._batches, module._images = watched_batches, disturbed_images
+    module._loss, module._images = watched_loss, disturbed_images
 
 
 class Finder(importlib.abc.MetaPathFinder):

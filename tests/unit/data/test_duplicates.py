@@ -6,7 +6,7 @@ import io
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -105,9 +105,14 @@ def hashes(draw: st.DrawFn) -> list[int]:
 
 
 def obvious(values: list[int], distance: int) -> tuple[list[int], list[int]]:
-    """In order, each is dropped for the nearest of those that stay, if it is near enough."""
+    """In order, each is dropped for the nearest of those that stay, if it is near enough; copies go with the first."""
     leader, apart = [], []
     for number, value in enumerate(values):
+        first = values.index(value)
+        if first < number:
+            leader.append(leader[first])
+            apart.append(apart[first])
+            continue
         stays = [(bits(value, values[other]), other) for other in range(number) if leader[other] == other]
         near = [one for one in stays if one[0] <= distance]
         leader.append(min(near)[1] if near else number)
@@ -116,6 +121,7 @@ def obvious(values: list[int], distance: int) -> tuple[list[int], list[int]]:
 
 
 @given(hashes(), st.integers(0, 10), st.integers(0, 1 << 40))
+@example([14, 0, 1, 0], 3, 0)
 @settings(deadline=None)
 def test_tables_find_what_comparing_all_pairs_finds(values: list[int], distance: int, many: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
