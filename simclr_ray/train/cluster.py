@@ -67,7 +67,8 @@ def connected(config: ClusterConfig) -> Iterator[None]:
             _probe(address)
             ray.init(address=address, runtime_env={"env_vars": storage.environment(storage.current())}, **calm)
         else:
-            ray.init(num_cpus=local_cpus(config), include_dashboard=False, **calm)
+            # "local": without it, Ray would join any cluster that somebody has started on this machine.
+            ray.init(address="local", num_cpus=local_cpus(config), include_dashboard=False, **calm)
     except (ConnectionError, ValueError, ray.exceptions.RayError) as error:
         raise ClusterError(
             f"no Ray cluster answers: {error}",

@@ -28,6 +28,16 @@ COLLAPSED_SIMILARITY = 0.99
 """Mean cosine similarity of projections of different images; a healthy one is near 0, an initial one below 0.9."""
 
 
+def collapse(step: int, negative_similarity: float) -> str | None:
+    """A sentence where projections of different images all point the same way; None where they do not."""
+    if negative_similarity < COLLAPSED_SIMILARITY:
+        return None
+    return (
+        f"projections have collapsed at step {step}: those of different images have a cosine similarity of "
+        f"{negative_similarity:.4f}"
+    )
+
+
 def is_straggler(waits: Sequence[float], elapsed: float) -> bool:
     """Whether one rank's wait for images is more than three times the others', and a tenth of the time at least.
 
@@ -176,20 +186,15 @@ class StepLog:
 
     def _refuse_collapse(self, step: int, negative_similarity: float) -> None:
         """Say once, or stop, when projections of different images cannot be told apart."""
-        if negative_similarity < COLLAPSED_SIMILARITY:
-            return
-        told = (
-            f"projections have collapsed at step {step}: those of different images have a cosine similarity of "
-            f"{negative_similarity:.4f}"
-        )
-        if self._config.train.stop_on_collapse:
+        told = collapse(step, negative_similarity)
+        if told and self._config.train.stop_on_collapse:
             raise NumericsError(
                 told, expected=f"below {COLLAPSED_SIMILARITY}",
                 fix="lower optim.base_learning_rate, or look at `simclr-ray preview`: are the views all alike?",
             )  # fmt: skip
-        if not self._collapsed and self._metrics:
+        if told and not self._collapsed and self._metrics:
             self._desk.say.remote(f"ALARM: {told}; training goes on (train.stop_on_collapse)")
-        self._collapsed = True
+        self._collapsed = self._collapsed or told is not None
 
     def _report_rejected(self) -> None:
         if self._rejected:

@@ -1,10 +1,11 @@
-"""Stragglers: who keeps the others waiting."""
+"""Stragglers and collapse: what is told of the numbers of a record."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
-from simclr_ray.train.step_log import is_straggler
+from simclr_ray.train.step_log import collapse, is_straggler
 
 
 @pytest.mark.parametrize(
@@ -22,3 +23,15 @@ def test_row_43_one_rank_that_waits_far_longer_than_the_others_is_a_straggler(
 ) -> None:
     assert is_straggler(waits, 10.0) is expected
     assert is_straggler(waits[::-1], 10.0) is expected
+
+
+def test_row_41_collapse_is_told_of_projections_that_all_point_the_same_way() -> None:
+    one = torch.ones(1, 16)
+    collapsed = one + 1e-3 * torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
+    healthy = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
+    for projections, expected in ((collapsed, True), (healthy, False)):
+        unit = torch.nn.functional.normalize(projections, dim=1)
+        similarities = unit @ unit.T
+        negative = float((similarities.sum() - similarities.trace()) / (32 * 31))
+        assert (collapse(7, negative) is not None) is expected
+    assert "at step 7" in str(collapse(7, 0.995))
