@@ -93,6 +93,15 @@ def s3_folder(s3: seaweed.Seaweed, request: pytest.FixtureRequest) -> str:
     return f"s3://train/{re.sub(r'[^a-z0-9]+', '-', request.node.nodeid.lower()).strip('-')}"
 
 
+@pytest.fixture(autouse=True)
+def storage_put_back() -> Iterator[None]:
+    """Verbs configure the stores of their process, which here has other tests to run."""
+    before = storage.current()
+    yield
+    if storage.current() != before:
+        storage.configure(storage.StorageSettings())
+
+
 @pytest.fixture
 def configure() -> Iterator[Callable[[storage.StorageSettings], None]]:
     """`storage.configure`, taken back after the test."""
