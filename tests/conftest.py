@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # said explicitly: ray's default depends on files in the home
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -16,6 +17,8 @@ import hypothesis
 import pytest
 
 from simclr_ray import storage
+from simclr_ray.config import Config
+from simclr_ray.configure import load_config
 from simclr_ray.data.manifest import Manifest, read_manifest, write_manifest
 from simclr_ray.data.plan import Piece
 from simclr_ray.data.read import read_rows
@@ -69,6 +72,26 @@ def make_data_set(folder: Path, rows: list[ImageRow], *, unit_rows: int = 16, sh
     manifest = Manifest(str(folder), tuple(shards), unit_rows=unit_rows, classes=classes)
     write_manifest(manifest)
     return manifest
+
+
+def small_run(folder: Path, manifest: Manifest, **changes: Any) -> Config:
+    """A training of seconds; `changes` are `section__key=value`."""
+    values: dict[str, Any] = {
+        "run": {"folder": str(folder), "seed": 3},
+        "data": {"train": manifest.folder, "units_per_task": 4},
+        "views": {"preset": "cifar", "size": 16},
+        "model": {"encoder": "small", "projection_dim": 16},
+        "loss": {"temperature": 0.5},
+        # Gentle, so that rounding differences between world sizes are not amplified step by step: with 0.5 at
+        # temperature 0.1 they grow tenfold a step, which says nothing about the order of the samples.
+        "optim": {"name": "lars", "rule": "constant", "base_learning_rate": 0.01, "warmup_epochs": 0.5},
+        "train": {"global_batch": 64, "log_every": 1},
+        "cluster": {"threads_per_worker": 1},
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        values.setdefault(section, {})[name] = value
+    return load_config(values)
 
 
 @pytest.fixture(scope="session")

@@ -33,8 +33,8 @@ from simclr_ray.errors import ConfigError, DataError
 from simclr_ray.train.cluster import usable_cores
 from simclr_ray.train.derive import Derived, bytes_ahead, check_world_size, derive, limits_of, policy_of, sentences
 from simclr_ray.train.lock import LOCK_NAME
-from simclr_ray.train.run import PROBE, compare, identity, look_at_run
-from simclr_ray.views.apply import normalise
+from simclr_ray.train.run import PROBE, identity, look_at_run, refuse_another
+from simclr_ray.train.step import autocast_of, encoder_input
 from simclr_ray.views.make import how_views_are_made
 from simclr_ray.views.stage import Columns, ViewStage
 
@@ -129,13 +129,7 @@ def _run_folder(config: Config, manifest: Manifest, folder: str) -> Iterator[str
     if info is None:
         yield f"run folder: {run.uri} is new, and can be written"
         return
-    differences = compare(info["identity"], identity(config, manifest.fingerprint))
-    if differences:
-        raise ConfigError(
-            "the run folder holds a run with another configuration:\n" + "\n".join(f"  {line}" for line in differences),
-            where=run.uri,
-            fix="choose another run.folder, set these back to continue the run, or start again with pretrain --fresh",
-        )
+    refuse_another(run, info["identity"], identity(config, manifest.fingerprint))
     held = " and is held by a driver at the moment" if storage.exists(run.path(LOCK_NAME)) else ""
     yield f"run folder: {run.uri} holds this run ({info.get('status')}){held}; pretrain would continue it"
 
@@ -157,17 +151,18 @@ def _measure(config: Config, manifest: Manifest) -> Iterator[str | Rates]:
         f"reading: {images} images in {count} units took {requests} requests, {read_s / count:.2f} s a unit one after "
         f"another, {(after.bytes - before.bytes) / _MIB / max(read_s, 1e-9):,.0f} MiB/s"
     )
-    yield _sizes(encoded, config)
+    headers = [read_header(data, limits) for data in encoded]
+    yield _sizes(encoded, headers)
     # One in so many is decoded, all are looked into: eight units are eight places of the data set.
     some = encoded[:: max(1, images // SAMPLES)]
-    verdicts = [decode(data, limits) for data in some] + [read_header(data, limits) for data in encoded]
-    bad = [verdict for verdict in verdicts if isinstance(verdict, Rejected)]
+    refused = [header for header in headers if isinstance(header, Rejected)]
+    bad = [verdict for data in some if isinstance(verdict := decode(data, limits), Rejected)] + refused
     lost = sum(int((unit["lost_id"] >= 0).sum()) for unit in units)
     yield (
         f"decoding: {len(some)} images decoded, {images} headers read, {len(bad)} refused{_reasons(bad)}"
         + (f"; {lost} images of shards that cannot be read" if lost else "")
     )
-    _refuse_too_many(config, lost + sum(isinstance(one, Rejected) for one in verdicts[len(some) :]), images, bad)
+    _refuse_too_many(config, lost + len(refused), images, bad)
     stage = ViewStage(policy, config.run.seed, limits, scaled_decode=config.views.scaled_decode)
     views_s, views = _views_cost(stage, units)
     yield (
@@ -195,15 +190,15 @@ def _refuse_too_many(config: Config, bad: int, images: int, reasons: Sequence[Re
         )  # fmt: skip
 
 
-def _sizes(encoded: Sequence[bytes | None], config: Config) -> str:
+def _sizes(encoded: Sequence[bytes | None], headers: Sequence[Header | Rejected]) -> str:
     """Sizes of the images, from their headers."""
     present = [data for data in encoded if data]
-    headers = [header for data in present if isinstance(header := read_header(data, limits_of(config.data)), Header)]
-    if not headers:
+    read = [header for header in headers if isinstance(header, Header)]
+    if not read:
         return "images: none has a header that can be read"
-    areas = sorted(headers, key=lambda header: header.height * header.width)
+    areas = sorted(read, key=lambda header: header.height * header.width)
     small, middle, large = areas[0], areas[len(areas) // 2], areas[-1]
-    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(header.kind for header in headers).most_common())
+    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(header.kind for header in read).most_common())
     return (
         f"images: {kinds}; {small.width} x {small.height} to {large.width} x {large.height}, median {middle.width} x "
         f"{middle.height} and {median(map(len, present)) / 1000:.1f} kB"
@@ -243,12 +238,11 @@ def _encoder_cost(config: Config, views: np.ndarray) -> tuple[float, str]:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     model = build_model(config).to(device).to(memory_format=torch.channels_last)
-    pixels = torch.from_numpy(views).transpose(0, 1).flatten(0, 1).to(device)
+    autocast, on_device = autocast_of(config.train.precision, device), torch.from_numpy(views).to(device)
 
     def step() -> None:
-        precision = config.train.precision or ("bf16" if cuda else "fp32")
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-            out = model(normalise(pixels, policy_of(config.views)))
+        with autocast():
+            out = model(encoder_input(on_device, policy_of(config.views), channels_last=True))
         out.float().square().mean().backward()
         if cuda:
             torch.cuda.synchronize()

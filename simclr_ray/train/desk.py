@@ -24,8 +24,6 @@ class News:
     """Attempts begun so far, over all lives of the run."""
     nodes: frozenset[str] = frozenset()
     """Ids of the nodes that the ranks of the current attempt run on."""
-    saved_step: int | None = None
-    """Step of the newest checkpoint that was committed since the driver started."""
 
 
 class _Desk:
@@ -40,7 +38,6 @@ class _Desk:
         self._asked, self._stopping = 0, False
         self._joining = False
         self._ended: str | None = None
-        self._saved_step: int | None = None
 
     def begin_attempt(self) -> int:
         """Count a life of the worker group and return its number, from 1."""
@@ -85,10 +82,6 @@ class _Desk:
         """Have all ranks save and end at their next step."""
         self._stopping = True
 
-    def saved(self, step: int) -> None:
-        """A checkpoint was committed."""
-        self._saved_step = step
-
     def post(self, record: Record) -> None:
         """Leave a record for the console."""
         self._news.records.append(record)
@@ -116,7 +109,7 @@ class _Desk:
     def collect(self) -> News:
         """Take the news away."""
         news, self._news = self._news, News(attempts=self._news.attempts)
-        news.nodes, news.saved_step = frozenset(self._nodes.values()), self._saved_step
+        news.nodes = frozenset(self._nodes.values())
         return news
 
 

@@ -54,10 +54,6 @@ class ViewsOnDevice:
 
         return arrived
 
-    def __call__(self, batch: StepBatch) -> Tensor:
-        """The views of a batch, at once."""
-        return self.bring(batch)()
-
     def _finish(self, views: Tensor, batch: StepBatch) -> Tensor:
         return views if self._where == "cpu" else finish_colours(views, batch, self._policy, seed=self._seed)
 

@@ -179,13 +179,7 @@ def open_run(
         return run, False
     if info.get("format", 0) > FORMAT:
         raise ConfigError("this run was made by a newer version", where=run.uri, got=f"format {info['format']}")
-    differences = compare(info["identity"], mine)
-    if differences:
-        raise ConfigError(
-            "this folder holds a run with another configuration:\n" + "\n".join(f"  {line}" for line in differences),
-            where=run.uri,
-            fix="choose another run.folder, set these back to continue the run, or start again here with --fresh",
-        )
+    refuse_another(run, info["identity"], mine)
     for line in _accepted(run, config):
         say(line)
     _write_settings(run, config, derived)
@@ -213,6 +207,21 @@ def note_views(run: RunFolder, *, maker: str, where: str, say: Callable[[str], N
 
 def _made(views: Mapping[str, str]) -> str:
     return f"by {views['maker']} with views.where={views['where']}"
+
+
+def refuse_another(run: RunFolder, existing: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    """Refuse a folder whose run has another identity.
+
+    Raises:
+        ConfigError: field by field.
+    """
+    differences = compare(existing, mine)
+    if differences:
+        raise ConfigError(
+            "this folder holds a run with another configuration:\n" + "\n".join(f"  {line}" for line in differences),
+            where=run.uri,
+            fix="choose another run.folder, set these back to continue the run, or start again with pretrain --fresh",
+        )
 
 
 def compare(existing: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:

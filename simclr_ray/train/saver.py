@@ -46,7 +46,7 @@ class Saver:
 
     def __init__(
         self, folder: str, intervals: Intervals, *, keep: int, max_failures: int,
-        say: Callable[[str], None], saved: Callable[[int], None] = lambda step: None,
+        say: Callable[[str], None],
     ) -> None:  # fmt: skip
         """Prepare for saving.
 
@@ -56,10 +56,9 @@ class Saver:
             keep: Committed checkpoints to keep.
             max_failures: Failed saves in a row that end the run.
             say: Told what a user should know.
-            saved: Told of each committed step, in the writing thread.
         """
         self._folder, self._intervals, self._keep = folder, intervals, keep
-        self._max_failures, self._say, self._tell_saved = max_failures, say, saved
+        self._max_failures, self._say = max_failures, say
         self._writing: threading.Thread | None = None
         self._error: BaseException | None = None
         self._failures = 0
@@ -161,7 +160,6 @@ class Saver:
             self._seconds = time.monotonic() - started
             self._newest = started
             self._saved = checkpoint.step
-            self._tell_saved(checkpoint.step)
 
     def _look(self) -> None:
         """Take note of a save that has ended."""

@@ -35,7 +35,6 @@ class Saves:
                 keep=config.keep_checkpoints,
                 max_failures=config.max_failed_saves,
                 say=lambda text: ray.get(desk.say.remote(text)),
-                saved=lambda step: ray.get(desk.saved.remote(step)),
             )
 
     def __enter__(self) -> Saves:

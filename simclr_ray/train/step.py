@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from contextlib import AbstractContextManager
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,8 @@ from simclr_ray.learn.loss_input import describe_nonfinite
 from simclr_ray.learn.micro_batch import backward_in_micro_batches
 from simclr_ray.learn.nt_xent import NTXent
 from simclr_ray.learn.optim import gradient_norm, set_learning_rate
+from simclr_ray.views.apply import normalise
+from simclr_ray.views.policy import Policy
 
 #: Order of the numbers that a step reports, all global means; names of `observe.metrics`.
 STEP_METRICS = (
@@ -56,6 +60,21 @@ class StepNumbers(NamedTuple):
     """(6,) float32, in the order of `STEP_METRICS`."""
     nonfinite_rows: Tensor
     """(W,) projections of each rank that are not finite."""
+
+
+def encoder_input(views: Tensor, policy: Policy, *, channels_last: bool) -> Tensor:
+    """Views (n, 2, S, S, 3) uint8 as the encoder reads them: (2n, 3, S, S), ordered [views a; views b]."""
+    images = normalise(views.transpose(0, 1).flatten(0, 1), policy)
+    return images if channels_last else images.contiguous()
+
+
+def autocast_of(
+    precision: Literal["fp32", "bf16"] | None, device: torch.device
+) -> Callable[[], AbstractContextManager[object]]:
+    """The context that encoder and projector run in; None takes bf16 on GPUs and fp32 on CPUs."""
+    if (precision or ("bf16" if device.type == "cuda" else "fp32")) == "fp32":
+        return contextlib.nullcontext
+    return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 def train_step(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
@@ -41,10 +40,8 @@ from simclr_ray.train.pulse import EVERY_S, RANK_0_EVERY_S, Pulse
 from simclr_ray.train.run import RunFolder
 from simclr_ray.train.saver import SavesFailedError, Verdict
 from simclr_ray.train.saves import Saves
-from simclr_ray.train.step import NON_FINITE, NonFiniteStepError, train_step
+from simclr_ray.train.step import NON_FINITE, NonFiniteStepError, autocast_of, encoder_input, train_step
 from simclr_ray.train.step_log import Position, StepLog, TooManyRejectedError
-from simclr_ray.views.apply import normalise
-from simclr_ray.views.policy import Policy
 from simclr_ray.views.stage import Where
 
 
@@ -89,7 +86,7 @@ def _train(order: WorkerOrder, pulse: Pulse) -> None:
     )
     start = _restore(order, model, optimizer)
     attempt = _next_attempt(order.desk, rank)
-    autocast, policy = _autocast(config, device), policy_of(config.views)
+    autocast, policy = autocast_of(config.train.precision, device), policy_of(config.views)
     step_log = StepLog(config, derived, order.run, order.desk, rank=rank, device=device, attempt=attempt, start=start)
     saves = Saves(order.run.checkpoints, config.train, derived.total_steps, order.desk, rank=rank, device=device)
     views_on_device = ViewsOnDevice(device, policy, seed=config.run.seed, where=order.where)
@@ -97,7 +94,7 @@ def _train(order: WorkerOrder, pulse: Pulse) -> None:
 
     def encode(views: Tensor) -> Tensor:
         with autocast():
-            return cast(Tensor, parallel(_images(views, policy, channels_last=config.train.channels_last)))
+            return cast(Tensor, parallel(encoder_input(views, policy, channels_last=config.train.channels_last)))
 
     def fetch(step: int) -> None:
         pulse.at(step, "data")
@@ -169,12 +166,6 @@ def _batches(order: WorkerOrder, rank: int, world_size: int, *, first_step: int)
     )
 
 
-def _images(views: Tensor, policy: Policy, *, channels_last: bool) -> Tensor:
-    """Views (n, 2, S, S, 3) uint8 as the encoder reads them: (2n, 3, S, S), ordered [views a; views b]."""
-    images = normalise(views.transpose(0, 1).flatten(0, 1), policy)
-    return images if channels_last else images.contiguous()
-
-
 def _loss(config: Config, batch: StepBatch, *, first: bool) -> Callable[[Tensor], NTXent]:
     """NT-Xent of a step. In an attempt's first, ranks compare what they hold; later the plan's numbers are trusted."""
     return functools.partial(
@@ -234,13 +225,6 @@ def _models(config: Config, device: torch.device) -> tuple[SimCLR, nn.Module]:
     if config.train.compile:
         parallel = torch.compile(parallel)  # type: ignore[assignment]
     return model, parallel
-
-
-def _autocast(config: Config, device: torch.device) -> Callable[[], AbstractContextManager[object]]:
-    precision = config.train.precision or ("bf16" if device.type == "cuda" else "fp32")
-    if precision == "fp32":
-        return contextlib.nullcontext
-    return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 def _restore(order: WorkerOrder, model: SimCLR, optimizer: torch.optim.Optimizer) -> Position:

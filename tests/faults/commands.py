@@ -13,32 +13,21 @@ from typing import Any
 
 import psutil
 
-from simclr_ray.configure import load_config, to_yaml
+from simclr_ray.configure import to_yaml
 from simclr_ray.data.manifest import Manifest
 from simclr_ray.observe.metrics import read_jsonl
 from simclr_ray.train.checkpoint import committed_steps
+from tests.conftest import small_run
 
 STEPS = 30
 INJECT = Path(__file__).parent / "inject"
 
 
 def recipe(folder: Path, manifest: Manifest, **changes: Any) -> Path:
-    """A small recipe in a YAML file beside the run's folder; gentle, see tests/integration/test_pretrain.py."""
-    values: dict[str, Any] = {
-        "run": {"folder": str(folder), "seed": 3},
-        "data": {"train": manifest.folder, "units_per_task": 4},
-        "views": {"preset": "cifar", "size": 16},
-        "model": {"encoder": "small", "projection_dim": 16},
-        "loss": {"temperature": 0.5},
-        "optim": {"name": "lars", "rule": "constant", "base_learning_rate": 0.01, "warmup_epochs": 0.5},
-        "train": {"global_batch": 64, "steps": STEPS, "log_every": 1, "checkpoint_every": 10},
-        "cluster": {"threads_per_worker": 1},
-    }
-    for key, value in changes.items():
-        section, _, name = key.partition("__")
-        values[section][name] = value
+    """A small run in a YAML file beside its folder."""
+    config = small_run(folder, manifest, **({"train__steps": STEPS, "train__checkpoint_every": 10} | changes))
     file = folder.with_suffix(".yaml")
-    file.write_text(to_yaml(load_config(values).model_dump(mode="json")))
+    file.write_text(to_yaml(config.model_dump(mode="json")))
     return file
 
 

@@ -32,7 +32,7 @@ from simclr_ray.train.checkpoint import committed_steps, load
 from simclr_ray.train.pretrain import pretrain
 from simclr_ray.train.run import RunFolder, read_quarantine
 from simclr_ray.views.make import maker
-from tests.conftest import make_data_set, real_rows
+from tests.conftest import make_data_set, real_rows, small_run
 
 pytestmark = pytest.mark.integration
 
@@ -40,22 +40,7 @@ STEPS = 60
 
 
 def settings(folder: Path, manifest: Manifest, **changes: Any) -> Config:
-    values: dict[str, Any] = {
-        "run": {"folder": str(folder), "seed": 3},
-        "data": {"train": manifest.folder, "units_per_task": 4},
-        "views": {"preset": "cifar", "size": 16},
-        "model": {"encoder": "small", "projection_dim": 16},
-        "loss": {"temperature": 0.5},
-        # Gentle, so that rounding differences between world sizes are not amplified step by step: with 0.5 at
-        # temperature 0.1 they grow tenfold a step, which says nothing about the order of the samples.
-        "optim": {"name": "lars", "rule": "constant", "base_learning_rate": 0.01, "warmup_epochs": 0.5},
-        "train": {"global_batch": 64, "steps": STEPS, "log_every": 1, "checkpoint_every": 4},
-        "cluster": {"threads_per_worker": 1},
-    }
-    for key, value in changes.items():
-        section, _, name = key.partition("__")
-        values[section][name] = value
-    return load_config(values)
+    return small_run(folder, manifest, **({"train__steps": STEPS, "train__checkpoint_every": 4} | changes))
 
 
 def losses(folder: Path) -> list[float]:

@@ -23,7 +23,7 @@ def install(module: ModuleType, kind: str, rank: int, step: int, once: str) -> N
     import torch.distributed as dist
 
     current: dict[str, int] = {}
-    loss, images = module._loss, module._images
+    loss, images = module._loss, module.encoder_input
 
     def watched_loss(config: Any, batch: Any, **options: Any) -> Any:
         current["step"] = batch.step  # made before the forward pass of its step; batches are fetched ahead
@@ -40,7 +40,7 @@ def install(module: ModuleType, kind: str, rank: int, step: int, once: str) -> N
                 time.sleep(3600)
         return pixels
 
-    module._loss, module._images = watched_loss, disturbed_images
+    module._loss, module.encoder_input = watched_loss, disturbed_images
 
 
 class Finder(importlib.abc.MetaPathFinder):

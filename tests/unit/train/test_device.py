@@ -43,7 +43,7 @@ def test_crops_in_the_stream_and_colours_in_the_worker_are_the_same_pictures(pol
     finished, crops = made(policy, "cpu"), made(policy, "gpu")
     assert not np.array_equal(crops["views"], finished["views"])
     assert crops["use"].tolist().count(1) == 1
-    views = ViewsOnDevice(torch.device("cpu"), policy, seed=SEED, where="gpu")(batch_of(crops)).numpy()
+    views = ViewsOnDevice(torch.device("cpu"), policy, seed=SEED, where="gpu").bring(batch_of(crops))().numpy()
     assert_same_pictures(views, finished["views"], batch_of(crops), policy)
 
 
@@ -74,7 +74,7 @@ def at_threshold(batch: StepBatch, policy: Policy) -> np.ndarray:
 
 def test_finished_views_are_left_as_they_are() -> None:
     columns = made(POLICIES[1], "cpu")
-    views = ViewsOnDevice(torch.device("cpu"), POLICIES[1], seed=SEED, where="cpu")(batch_of(columns))
+    views = ViewsOnDevice(torch.device("cpu"), POLICIES[1], seed=SEED, where="cpu").bring(batch_of(columns))()
     assert np.array_equal(views.numpy(), columns["views"])
 
 
@@ -87,7 +87,7 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUD
 def test_on_a_gpu_too(policy: Policy) -> None:
     crops = made(policy, "gpu")
     expected = finish_colours(batch_of(crops).views, batch_of(crops), policy, seed=SEED).numpy()
-    views = ViewsOnDevice(torch.device("cuda"), policy, seed=SEED, where="gpu")(batch_of(crops)).cpu().numpy()
+    views = ViewsOnDevice(torch.device("cuda"), policy, seed=SEED, where="gpu").bring(batch_of(crops))().cpu().numpy()
     assert_same_pictures(views, expected, batch_of(crops), policy)
 
 
@@ -97,11 +97,11 @@ def test_on_a_gpu_too(policy: Policy) -> None:
 @pytest.mark.parametrize("policy", POLICIES, ids=NAMES)
 def test_the_host_does_not_wait_for_a_gpu(policy: Policy, where: Where) -> None:
     batch = batch_of(made(policy, where))
-    bring = ViewsOnDevice(torch.device("cuda"), policy, seed=SEED, where=where)
-    expected = bring(batch)  # the first call may wait, for what cuBLAS allocates
+    bring = ViewsOnDevice(torch.device("cuda"), policy, seed=SEED, where=where).bring
+    expected = bring(batch)()  # the first call may wait, for what cuBLAS allocates
     torch.cuda.set_sync_debug_mode("error")
     try:
-        views = bring(batch)
+        views = bring(batch)()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(views, expected)

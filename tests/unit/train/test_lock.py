@@ -41,15 +41,18 @@ def written(folder: str, **changes: Any) -> None:
     storage.write_bytes(lock_of(folder), json.dumps(holder | changes).encode())
 
 
-def test_row_44_of_many_at_the_same_moment_exactly_one_wins(folder: str) -> None:
-    start, won, refused, release = threading.Barrier(8), [], [], threading.Event()
+def race(folder: str) -> tuple[list[RunLock], list[ConfigError]]:
+    """Eight drivers at the same moment: those that held the lock, and what the others were told."""
+    won: list[RunLock] = []
+    refused: list[ConfigError] = []
+    start, release = threading.Barrier(8), threading.Event()
 
     def one() -> None:
         start.wait()
         try:
             with hold(folder, lambda _: None, PACE) as lock:
                 won.append(lock)
-                release.wait(10)
+                release.wait(20)
         except ConfigError as error:
             refused.append(error)
 
@@ -61,6 +64,11 @@ def test_row_44_of_many_at_the_same_moment_exactly_one_wins(folder: str) -> None
     release.set()
     for thread in threads:
         thread.join()
+    return won, refused
+
+
+def test_row_44_of_many_at_the_same_moment_exactly_one_wins(folder: str) -> None:
+    won, refused = race(folder)
     assert len(won) == 1
     assert len(refused) == 7
     assert refused[0].exit_code == 2
@@ -168,25 +176,7 @@ def weak() -> str:
 def test_of_many_that_take_a_stale_lock_of_such_a_store_one_is_left(weak: str) -> None:
     """All delete and make it anew, some what another one had made; who is written over sees it before it begins."""
     written(weak, beaten=time.time() - 100)
-    start, won, refused, release = threading.Barrier(8), [], [], threading.Event()
-
-    def one() -> None:
-        start.wait()
-        try:
-            with hold(weak, lambda _: None, PACE) as lock:
-                won.append(lock)
-                release.wait(20)
-        except ConfigError as error:
-            refused.append(error)
-
-    threads = [threading.Thread(target=one) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    while len(won) + len(refused) < 8:
-        time.sleep(0.01)
-    release.set()
-    for thread in threads:
-        thread.join()
+    won, refused = race(weak)
     assert (len(won), len(refused)) == (1, 7)
     assert won[0].lost is None
 
