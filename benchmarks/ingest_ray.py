@@ -30,6 +30,7 @@ from simclr_ray.data.decode import Limits
 from simclr_ray.data.plan import Segment
 from simclr_ray.data.stream import Columns, PlanAddress, configure_ray_data, execution_options, unit_stream
 from simclr_ray.train.batches import Shares, step_batches
+from simclr_ray.train.cluster import asking_nobody
 from simclr_ray.views.policy import Policy
 from simclr_ray.views.stage import ViewStage
 
@@ -130,7 +131,7 @@ def local_ray(object_store_bytes: int | None) -> Iterator[None]:
     with environment(
         RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", RAY_CHDIR_TO_TRIAL_DIR="0",
         RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="120", PYTHONPATH=_path_for_workers(),
-    ):  # fmt: skip
+    ), asking_nobody():  # fmt: skip
         ray.init(
             address="local",
             num_cpus=CPUS,

@@ -5,7 +5,8 @@
 read     the same shards of photo crops (500 x 375, 40 kB) on a local disk and on a real S3 server (SeaweedFS) on this
          machine: units through the views' stage by one process, in turns; requests and bytes an image; time to the
          first unit; and with every answer of the server delayed, as by a network
-listing  `simclr-ray index`'s listing of 500 to 8,000 objects: seconds and requests against their number
+listing  `simclr-ray index`'s listing of 500 to 50,000 objects, in folders of 5 to 5,000: seconds and requests against
+         both, beside the law of data/listing.py: about four requests a folder, and one for each further 1,000 objects
 
 Server and reader share the machine's cores, so the ratio is a floor: what the server takes is counted against S3.
 Writes benchmarks/results/store.json.
@@ -98,25 +99,31 @@ def read(server: Seaweed, scratch: Path, args: argparse.Namespace) -> dict[str, 
     return result
 
 
-def put(folder: str, count: int) -> None:
-    """Small objects in 100 folders, so that a listing can fan out."""
+def put(folder: str, count: int, folders: int) -> None:
+    """Small objects in folders, so that a listing can fan out."""
+    names = (f"{folder}/{i % folders:02d}/{i:06d}.jpg" for i in range(count))
     with ThreadPoolExecutor(16) as pool:
-        list(pool.map(lambda i: storage.write_bytes(f"{folder}/{i % 100:02d}/{i:06d}.jpg", b"x"), range(count)))
+        list(pool.map(lambda name: storage.write_bytes(name, b"x"), names))
 
 
-def listing(server: Seaweed, scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
-    result = {}
+def listing(server: Seaweed, scratch: Path, args: argparse.Namespace) -> list[dict[str, float]]:
+    result = []
     storage.configure(storage.StorageSettings(endpoint=server.endpoint))
-    print(f"\n  {'objects':>10}{'seconds':>10}{'requests':>10}{'objects/s':>12}")
-    for count in (100, 400) if args.quick else (500, 2000, 8000):
+    print(f"\n  {'objects':>10}{'folders':>10}{'seconds':>10}{'requests':>10}{'by the law':>12}{'objects/s':>12}")
+    cases = ((100, 20), (400, 20)) if args.quick else ((500, 100), (2000, 100), (8000, 100), (10_000, 10), (50_000, 10))
+    for count, folders in cases:
         folder = f"s3://bench/loose-{count}"
-        put(folder, count)
+        put(folder, count, folders)
         before, started = storage.counters(), time.monotonic()
         found = list_folder(folder, str(scratch / f"listing-{count}"))
         seconds, requests = time.monotonic() - started, storage.counters().requests - before.requests
         assert found is not None
-        result[str(count)] = {"seconds": seconds, "requests": requests}
-        print(f"  {count:>10,}{seconds:>10.2f}{requests:>10}{count / seconds:>12,.0f}")
+        law = folders * (3 + -(-count // (1000 * folders)))
+        case = {"objects": count, "folders": folders, "seconds": seconds, "requests": requests, "law": law}
+        result.append(case)
+        print(
+            f"  {count:>10,}{folders:>10}{seconds:>10.2f}{requests:>10}{law:>12}{count / seconds:>12,.0f}", flush=True
+        )
     return result
 
 
@@ -132,7 +139,7 @@ def main() -> None:
         server.start()
         try:
             for part in args.part:
-                result = {"read": read, "listing": listing}[part](server, Path(scratch), args)
+                result: Any = {"read": read, "listing": listing}[part](server, Path(scratch), args)
                 if not args.quick:
                     write_part(part, result, FILE, ("read", "listing"))
         finally:

@@ -91,8 +91,9 @@ class Run:
     last_loss: float
     steps: int
     counted: int
-    others_cores: float
-    """Cores that other programs kept busy, on average over the whole run."""
+    others_cores: float | None
+    """Cores that other programs kept busy, on average over the whole run. None of ours: what Ray's processes took is
+    lost with them, for they end with nobody waiting; the runs of the peer in between say whether it was busy."""
     load: float
     """Load average before."""
     whole_s: float
@@ -130,9 +131,10 @@ def run(split: Split, steps: int) -> Run:
     tenth = steps // 10
     batch = load_config(str(RECIPE)).train.global_batch
     seconds = sum(step_s[counted])
+    others = None if split.side == "ours" else usage.others_cores
     return Run(
         split, batch * len(step_s[counted]) / seconds, sum(wait_s[counted]) / seconds, mean(losses[:tenth]),
-        mean(losses[-tenth:]), steps, len(step_s[counted]), usage.others_cores, load, usage.wall_s,
+        mean(losses[-tenth:]), steps, len(step_s[counted]), others, load, usage.wall_s,
     )  # fmt: skip
 
 
@@ -215,7 +217,7 @@ def show_head(title: str) -> None:
 def show_run(one: Run) -> None:
     cells = (
         f"{one.images_per_s:.0f}", f"{one.wait_fraction:.2%}", f"{one.first_loss:.3f}", f"{one.last_loss:.3f}",
-        f"{one.whole_s:.1f}", f"{one.others_cores:.2f}", f"{one.load:.2f}",
+        f"{one.whole_s:.1f}", "-" if one.others_cores is None else f"{one.others_cores:.2f}", f"{one.load:.2f}",
     )  # fmt: skip
     print(f"  {one.split.side:<9}{one.split.name:<48}" + "".join(f"{cell:>11}" for cell in cells), flush=True)
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -111,6 +112,11 @@ def index(
     options = options or IndexOptions()
     if storage.exists(storage.join(source, MANIFEST_NAME)):
         raise ConfigError("is a data set already, which can be trained on as it is", where=source)
+    if storage.is_local(source) and Path(source).is_dir() and not storage.is_local(destination):
+        raise ConfigError(
+            "an index in a store may not name files of the machines that read it", where=destination, got=source,
+            fix="put the index beside the files, or pack them into the store",
+        )  # fmt: skip
     settings = {"verb": "index", "source": source, SOURCE_STATE: state_of(source, options.kind)}
     claimed = claim(destination, settings | asdict(options))
     found = survey(source, destination, options, claimed)
@@ -148,7 +154,7 @@ def build(found: Found | None, source: str, folder: str, options: IndexOptions) 
     A data set is its own index. Ray must be connected for tars and Parquet files.
     """
     if found is None:
-        return read_manifest(folder)
+        return read_manifest(folder, ours=True)
     if found.kind == "data_set":
         return read_manifest(source)
     made = _lists(found, folder, options) if found.kind == "objects" else _opened(found, source, folder, options)

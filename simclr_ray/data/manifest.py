@@ -63,6 +63,8 @@ class Manifest:
     """What it was made from: licence, command, counts of rejected files. Informative only."""
     home: str | None = field(default=None, compare=False)
     """Where it was written; None before that. Elsewhere it is a copy, whose shards have other versions."""
+    ours: bool = field(default=True, compare=False)
+    """Made by this command. One that was found in a store may be by anybody, and names no files of this machine."""
 
     def __post_init__(self) -> None:
         """Put the shards into columns."""
@@ -88,8 +90,13 @@ class Manifest:
         return hasher.hexdigest()
 
     def shard_uri(self, index: int) -> str:
-        """Full URI of a shard."""
-        return storage.join(self.folder, self.table.text("uri", index))
+        """Full URI of a shard.
+
+        Raises:
+            DataError: the data set lies in a store and names a file of this machine.
+        """
+        join = storage.join if self.ours else storage.join_named
+        return join(self.folder, self.table.text("uri", index))
 
     def shard_version(self, index: int) -> str | None:
         """The version that a shard must have in the store; None where it cannot be known, as for a copy."""
@@ -126,11 +133,12 @@ def write_manifest(manifest: Manifest) -> str:
     return uri
 
 
-def read_manifest(folder: str) -> Manifest:
+def read_manifest(folder: str, *, ours: bool = False) -> Manifest:
     """Read the manifest of a packed data set.
 
     Args:
         folder: The data set's folder, or the URI of its manifest.
+        ours: It was written by the command that reads it.
 
     Raises:
         DataError: when there is none, it is not ours, or its content does not match its own fingerprint.
@@ -149,7 +157,7 @@ def read_manifest(folder: str) -> Manifest:
         file = pq.ParquetFile(pa.BufferReader(data))
         header = json.loads((file.schema_arrow.metadata or {})[b"simclr_ray"])
         if header["format"] <= FORMAT:
-            manifest = _from_file(folder, header, file)
+            manifest = _from_file(folder, header, file, ours=ours)
             intact = _fingerprint(manifest, header["format"]) == header["fingerprint"]
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise DataError(
@@ -170,7 +178,7 @@ def shard_from_file(uri: str, data: bytes, rows_per_group: Sequence[int], *, ver
     return Shard(uri, "parquet", storage.digest(data), len(data), tuple(rows_per_group), (footer,), version)
 
 
-def _from_file(folder: str, header: Mapping[str, Any], file: pq.ParquetFile) -> Manifest:
+def _from_file(folder: str, header: Mapping[str, Any], file: pq.ParquetFile, *, ours: bool) -> Manifest:
     """The inverse of `write_manifest`; KeyError, TypeError or ValueError for what that never wrote."""
 
     def parts() -> Iterator[ShardTable]:
@@ -189,6 +197,7 @@ def _from_file(folder: str, header: Mapping[str, Any], file: pq.ParquetFile) -> 
         classes=tuple(header["classes"]),
         source=header["source"],
         home=header.get("home", folder),
+        ours=ours,
     )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from simclr_ray import storage
 from simclr_ray.data.decode import Limits, Rejected, decode
 from simclr_ray.data.manifest import Manifest
 from simclr_ray.data.plan import Piece
@@ -80,7 +81,7 @@ def located(manifest: Manifest, entry: Entry) -> Entry:
         return entry
     shard, _, _ = place(manifest, entry.sample_id)
     row = entry.sample_id - int(manifest.table.first_rows[shard])
-    return replace(entry, shard=manifest.shard_uri(shard), row=row)
+    return replace(entry, shard=storage.tellable(manifest.shard_uri(shard)), row=row)
 
 
 def explained(manifest: Manifest, entry: Entry, limits: Limits) -> Entry:
@@ -96,8 +97,8 @@ def explained(manifest: Manifest, entry: Entry, limits: Limits) -> Entry:
         table = read_range(piece, [manifest.image_column], manifest.image_column)
         verdict = decode(table[manifest.image_column][0].as_py(), limits)
     except (LostShard, DataError, StorageError) as error:
-        return replace(entry, uri=uri, detail=ascii(str(error).splitlines()[0])[1:-1])
-    return replace(entry, uri=uri, detail=verdict.detail if isinstance(verdict, Rejected) else "")
+        return replace(entry, uri=storage.tellable(uri), detail=ascii(str(error).splitlines()[0])[1:-1])
+    return replace(entry, uri=storage.tellable(uri), detail=verdict.detail if isinstance(verdict, Rejected) else "")
 
 
 class Quarantine:
@@ -192,7 +193,7 @@ class Quarantine:
         inside = (self._ids >= 0) & (self._ids < self._manifest.rows)
         shards = np.clip(np.searchsorted(table.first_rows, self._ids, side="right") - 1, 0, len(table) - 1)
         used, index = np.unique(shards, return_inverse=True)
-        uris = pa.array([self._manifest.shard_uri(int(shard)) for shard in used], pa.string())
+        uris = pa.array([storage.tellable(self._manifest.shard_uri(int(shard))) for shard in used], pa.string())
         place = pa.array(index.astype(np.int32), mask=~inside)
         told = [self._told.get(one) for one in self._ids.tolist()] if self._told else [None] * len(self._ids)
         return pa.table(

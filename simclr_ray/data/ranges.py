@@ -53,6 +53,8 @@ class Source(NamedTuple):
     kind: str
     bytes: int
     version: str | None
+    ours: bool = True
+    """See `Manifest.ours`; goes for what a list of loose images names."""
 
 
 def verify(source: Source) -> tuple[object, ...]:
@@ -109,20 +111,21 @@ def parts(start: int, stop: int) -> list[tuple[int, int]]:
 def changed(uri: str, *, got: str, expected: str) -> DataError:
     """The error for a shard that is another one than the manifest describes."""
     return DataError(
-        "shard changed since the manifest was written", where=uri, got=got, expected=expected,
+        "shard changed since the manifest was written", where=storage.tellable(uri), got=got, expected=expected,
         fix="restore it, or pack or index the images again and start a new run",
     )  # fmt: skip
 
 
 def unreadable(uri: str, why: object) -> UnreadableShard:
     """The error for a shard that is the manifest's, but damaged."""
-    return UnreadableShard(f"shard cannot be read: {why}", where=uri, fix="restore it from its source")
+    told = storage.tellable(uri)
+    return UnreadableShard(f"shard cannot be read: {why}", where=told, fix="restore it from its source")
 
 
 def too_large(uri: str, group: int, size: int) -> UnreadableShard:
     """The error for a group above the limit."""
     return UnreadableShard(
-        f"group {group} of the shard is too large", where=uri, got=f"{size:,} bytes",
+        f"group {group} of the shard is too large", where=storage.tellable(uri), got=f"{size:,} bytes",
         expected=f"at most {GROUP_BYTES:,}", fix="pack the images again, which makes small groups",
     )  # fmt: skip
 
@@ -139,7 +142,10 @@ def _read(source: Source, part: tuple[int, int]) -> bytes:
 
 
 def _gone(uri: str) -> MissingShard:
-    return MissingShard("shard is gone, but was in the manifest", where=uri, fix="restore it, or pack the images again")
+    return MissingShard(
+        "shard is gone, but was in the manifest", where=storage.tellable(uri),
+        fix="restore it, or pack the images again",
+    )  # fmt: skip
 
 
 def _of_another_size(source: Source, size: int) -> DataError:

@@ -62,7 +62,7 @@ def resolve(manifest: Manifest, piece: Piece) -> RowRange:
     """
     table, shard = manifest.table, piece.shard
     size, kind = int(table.bytes[shard]), table.text("kind", shard)
-    source = Source(manifest.shard_uri(shard), kind, size, manifest.shard_version(shard))
+    source = Source(manifest.shard_uri(shard), kind, size, manifest.shard_version(shard), manifest.ours)
     offsets = table.offsets_of(shard)
     group_rows = int(table.groups_of(shard)[piece.group])
     begin, end = int(offsets[0]) if len(offsets) else None, size

@@ -59,7 +59,8 @@ def read_group(
 def _source(row: dict[str, object], listed: Source) -> Source:
     """The object of a row; a relative URI starts at the list's folder, and is copied along with it."""
     uri, version = str(row["uri"]), row["version"]
-    absolute = storage.join(listed.uri.rpartition("/")[0], uri)
+    join = storage.join if listed.ours else storage.join_named
+    absolute = join(listed.uri.rpartition("/")[0], uri)
     if absolute != uri and listed.version is None:
         version = None
     size = row["bytes"] if isinstance(row["bytes"], int) else _UNKNOWN

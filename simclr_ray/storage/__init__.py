@@ -17,7 +17,7 @@ from simclr_ray.storage.other import OtherStore
 from simclr_ray.storage.redaction import redact
 from simclr_ray.storage.s3 import S3Store
 from simclr_ray.storage.settings import StorageSettings, configure, current, environment
-from simclr_ray.storage.uris import S3_SCHEMES, is_local, join, may_name, normalise, scheme_of, tellable
+from simclr_ray.storage.uris import S3_SCHEMES, is_local, join, join_named, may_name, normalise, scheme_of, tellable
 
 __all__ = [
     "ChangedError",
@@ -39,6 +39,7 @@ __all__ = [
     "exists",
     "is_local",
     "join",
+    "join_named",
     "list_files",
     "list_level",
     "list_names",

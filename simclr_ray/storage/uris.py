@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from simclr_ray.errors import StorageError
+from simclr_ray.errors import DataError, StorageError
 
 S3_SCHEMES = frozenset({"s3", "s3a"})
 OTHER_SCHEMES = frozenset({"gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "hdfs", "memory"})
@@ -59,6 +59,21 @@ def may_name(list_uri: str, uri: str) -> bool:
     name their files. A local list may name anything.
     """
     return is_local(list_uri) or not is_local(uri)
+
+
+def join_named(folder: str, uri: str) -> str:
+    """`join` of a folder with what a list or manifest in it names.
+
+    Raises:
+        DataError: it names a file of this machine from a store, see `may_name`.
+    """
+    joined = join(folder, uri)
+    if not may_name(folder, joined):
+        raise DataError(
+            "a data set in a store may not name files of the machines that read it", where=folder, got=joined[:200],
+            fix="put the images into a store too, or the data set beside them",
+        )  # fmt: skip
+    return joined
 
 
 def bucket_and_key(uri: str) -> tuple[str, str]:

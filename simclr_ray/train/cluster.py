@@ -31,6 +31,12 @@ from simclr_ray.views.stage import Where
 log = logging.getLogger("simclr_ray.ray")
 
 PROBE_TIMEOUT_S = 10.0
+_STATE_API: Final = "RAY_API_SERVER_ADDRESS"
+_NOBODY: Final = "http://127.0.0.1:9"
+"""Ray Train asks the State API every second whether its controller lives, and takes the workers away if not. Where it
+is not told whom to ask, it asks the cluster that was started last on the machine, and if that is another one, which
+knows no such controller, a healthy run loses its workers (Ray 2.60). A local cluster has no State API: asking nobody is
+an error to Ray, after which it leaves the workers alone."""
 _VERSIONS_TIMEOUT_S = 60.0
 """A node that says nothing for so long is busy starting; its versions are not known then."""
 CPUS_FOR_A_GPU: Final[Mapping[Maker, int]] = {"kernel": 3, "opencv": 5, "torch": 12}
@@ -65,10 +71,12 @@ def connected(config: ClusterConfig) -> Iterator[None]:
     try:
         if address:
             _probe(address)
-            ray.init(address=address, runtime_env={"env_vars": storage.environment(storage.current())}, **calm)
+            settings = storage.environment(storage.current()) | told_whom_to_ask(address)
+            ray.init(address=address, runtime_env={"env_vars": settings}, **calm)
         else:
-            # "local": without it, Ray would join any cluster that somebody has started on this machine.
-            ray.init(address="local", num_cpus=local_cpus(config), include_dashboard=False, **calm)
+            with asking_nobody():
+                # "local": without it, Ray would join any cluster that somebody has started on this machine.
+                ray.init(address="local", num_cpus=local_cpus(config), include_dashboard=False, **calm)
     except (ConnectionError, ValueError, ray.exceptions.RayError) as error:
         raise ClusterError(
             f"no Ray cluster answers: {error}",
@@ -80,6 +88,27 @@ def connected(config: ClusterConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def told_whom_to_ask(address: str) -> dict[str, str]:
+    """Environment for the tasks and actors of a running cluster: their own State API, see `_NOBODY`."""
+    host, _, port = address.rpartition(":")
+    known = "://" not in address and host and port.isdigit()
+    return {"RAY_ADDRESS": address} if known else {}
+
+
+@contextlib.contextmanager
+def asking_nobody() -> Iterator[None]:
+    """Around the start of a local cluster without a State API, whose processes inherit the environment."""
+    before = os.environ.get(_STATE_API)
+    os.environ[_STATE_API] = _NOBODY
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_STATE_API]
+        else:
+            os.environ[_STATE_API] = before
 
 
 def _say_what_stays_behind() -> None:

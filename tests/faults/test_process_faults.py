@@ -21,14 +21,22 @@ from tests.faults.commands import STEPS, committed, losses, recipe, started, ste
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 
-@pytest.fixture(scope="module")
-def undisturbed(data_set: Manifest, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
-    """Losses of the run that nothing happens to: one worker."""
-    folder = tmp_path_factory.mktemp("twin") / "run"
-    code, output = commands.run(recipe(folder, data_set))
+def twin(folder: Path, data_set: Manifest, workers: int) -> dict[int, float]:
+    """Losses of the run that nothing happens to."""
+    code, output = commands.run(recipe(folder, data_set, cluster__workers=workers))
     assert code == 0, output
     assert sorted(losses(folder)) == list(range(1, STEPS + 1))
     return losses(folder)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data_set: Manifest, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    return twin(tmp_path_factory.mktemp("twin") / "run", data_set, 1)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_two(data_set: Manifest, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    return twin(tmp_path_factory.mktemp("twin") / "run", data_set, 2)
 
 
 def info(folder: Path) -> dict[str, object]:
@@ -49,6 +57,20 @@ def test_row_34_a_killed_worker_costs_a_restart_and_no_digit(
     assert losses(folder) == undisturbed
     assert info(folder)["attempts"] == 2
     assert "attempt 2; the one before ended" in output
+
+
+@pytest.mark.parametrize("moment", ["die rank=1 step=12", "die rank=0 step=17", "die_saving rank=0 step=20"])
+def test_row_34_a_worker_killed_between_two_collectives_or_in_a_save_costs_no_digit(
+    undisturbed_two: dict[int, float], data_set: Manifest, tmp_path: Path, moment: str
+) -> None:
+    """The other rank waits in a collective; or the checkpoint under way has one file of two."""
+    folder = tmp_path / "run"
+    file = recipe(folder, data_set, cluster__workers=2, cluster__collective_timeout_s=8)
+    code, output = commands.run(file, fault=f"{moment} once={tmp_path / 'died'}")
+    assert code == 0, output
+    assert (tmp_path / "died").exists()
+    assert losses(folder) == undisturbed_two
+    assert info(folder)["attempts"] == 2
 
 
 def test_row_38_ctrl_c_saves_and_ends_and_the_same_command_goes_on(
@@ -180,6 +202,18 @@ def test_row_29_a_run_goes_on_with_another_number_of_workers(
     assert "continuing from the checkpoint of step" in output
     assert sorted(losses(folder)) == list(range(1, STEPS + 1))
     assert losses(folder) == pytest.approx(undisturbed, rel=1e-3)
+
+
+def test_another_ray_on_the_machine_takes_no_workers_away(data_set: Manifest, tmp_path: Path) -> None:
+    """Ray's cleaner of placement groups would ask that one whether our run lives, and hear that it does not."""
+    other = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": True})
+    try:
+        file = recipe(tmp_path / "run", data_set, train__steps=400, optim__warmup_epochs=1)
+        code, output = commands.run(file)
+    finally:
+        other.shutdown()
+    assert code == 0, output
+    assert info(tmp_path / "run")["attempts"] == 1, output
 
 
 def test_row_42_workers_that_cannot_be_had_are_waited_for_with_words_and_then_exit_5(

@@ -21,6 +21,7 @@ import ray
 import yaml
 from ray.cluster_utils import Cluster
 
+from simclr_ray.train.cluster import told_whom_to_ask
 from tests.faults.commands import committed, steps_done, wait_for
 
 NOTICE_MS = 8_000
@@ -78,7 +79,8 @@ def main(config: str, event: str, after_step: int) -> None:
 
     thread = threading.Thread(target=disturb, daemon=True)
     try:
-        ray.init(address=cluster.address, log_to_driver=False)
+        env = {"env_vars": told_whom_to_ask(cluster.address)}
+        ray.init(address=cluster.address, runtime_env=env, log_to_driver=False)
         from simclr_ray.train.pretrain import pretrain
 
         if event != "none":

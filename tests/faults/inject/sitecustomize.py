@@ -1,7 +1,9 @@
 """Faults inside train workers, for tests: Python imports this at start when its folder is on PYTHONPATH.
 
 SIMCLR_RAY_FAULT="nan rank=1 step=7" makes one pixel of that rank's images of that step NaN, as a broken memory would.
-"hang rank=1 step=7" lets the rank sleep there for ever, once: a file beside the run says that it has happened.
+"hang rank=1 step=7 once=FILE" lets the rank sleep there for ever, once: the file says that it has happened. "die ..."
+ends it there as SIGKILL does, while the others wait in a collective; "die_saving step=10 ..." in the middle of that
+checkpoint.
 Nothing of this is in the package; the module under test is imported as it is, and one of its functions wrapped.
 """
 
@@ -10,6 +12,7 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -35,11 +38,23 @@ def install(module: ModuleType, kind: str, rank: int, step: int, once: str) -> N
             if kind == "nan":
                 pixels = pixels.clone()
                 pixels[3, 0, 0, 0] = float("nan")
-            elif kind == "hang" and not Path(once).exists():
+            elif kind in ("hang", "die") and not Path(once).exists():
                 Path(once).touch()
+                if kind == "die":
+                    os.kill(os.getpid(), signal.SIGKILL)
                 time.sleep(3600)
         return pixels
 
+    encoded = module.ckpt._encoded
+
+    def disturbed_encoding(name: str, checkpoint: Any, state: Any) -> bytes:
+        if name.startswith("optimizer") and checkpoint.step == step and not Path(once).exists():
+            Path(once).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return encoded(name, checkpoint, state)
+
+    if kind == "die_saving":
+        module.ckpt._encoded = disturbed_encoding
     module._loss, module.encoder_input = watched_loss, disturbed_images
 
 

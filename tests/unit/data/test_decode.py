@@ -401,6 +401,20 @@ def test_cmyk_is_left_to_pillow(monkeypatch: pytest.MonkeyPatch):
     assert np.array_equal(pixels(data), by_pillow(data))
 
 
+def test_ycck_shows_the_picture_that_was_stored():
+    """As Adobe's programs write it: inverted CMYK, whose first three are stored as luma and chroma."""
+    picture = natural(40, 56)
+    ycc = np.asarray(Image.fromarray(255 - picture).convert("YCbCr"))
+    no_black = np.zeros((*picture.shape[:2], 1), np.uint8)
+    data = bytearray(encode(Image.fromarray(np.dstack([255 - ycc, no_black]), "CMYK"), "JPEG", quality=100))
+    transform = data.index(b"Adobe") + 11
+    assert data[transform] == 0, "Pillow stores CMYK as it is"
+    data[transform] = 2
+    out = pixels(bytes(data))
+    assert np.array_equal(out, by_pillow(bytes(data)))
+    assert np.abs(out.astype(int) - picture).mean() < 2
+
+
 def test_a_damaged_jpeg_that_pillow_decodes_has_pillows_pixels():
     data = damaged(natural(64, 64))
     with pytest.raises(ValueError, match="extraneous"):

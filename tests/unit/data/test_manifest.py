@@ -17,7 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simclr_ray import storage
+from simclr_ray.data import read_objects
 from simclr_ray.data.manifest import FORMAT, KINDS, MANIFEST_NAME, Manifest, Shard, read_manifest, write_manifest
+from simclr_ray.data.ranges import Source
 from simclr_ray.errors import DataError
 from tests.conftest import FASHION
 
@@ -119,6 +121,23 @@ def test_a_shard_with_a_full_uri_stays_where_it_is() -> None:
     shards = (Shard("s3://other/a.parquet", "parquet", "0a", 1, (1,)), Shard("/abs/b", "parquet", "0b", 1, (1,)))
     manifest = Manifest("/data", shards)
     assert [manifest.shard_uri(i) for i in (0, 1)] == ["s3://other/a.parquet", "/abs/b"]
+
+
+@pytest.mark.parametrize("named", ["/etc/passwd", "file:///etc/passwd", "s3://other/shard.parquet", "shard.parquet"])
+def test_a_manifest_found_in_a_store_names_no_file_of_this_machine(named: str) -> None:
+    """It may be by anybody who can write there; one that was made here for a pack may."""
+    shards = (Shard(named, "objects", "", 10, (1,)),)
+    assert Manifest("s3://bucket/set", shards).shard_uri(0) == storage.join("s3://bucket/set", named)
+    found = Manifest("s3://bucket/set", shards, ours=False)
+    listed = {"uri": named, "bytes": 3, "version": None}
+    if named.startswith(("/", "file:")):
+        with pytest.raises(DataError, match="may not name files of the machines"):
+            found.shard_uri(0)
+        with pytest.raises(DataError, match="may not name files of the machines"):
+            read_objects._source(listed, Source("s3://bucket/set/list.parquet", "objects", 10, "v", ours=False))
+    else:
+        assert found.shard_uri(0) == storage.join("s3://bucket/set", named)
+        read_objects._source(listed, Source("s3://bucket/set/list.parquet", "objects", 10, "v", ours=False))
 
 
 def test_a_missing_manifest_is_a_sentence_with_the_way_out(tmp_path: Path) -> None:
