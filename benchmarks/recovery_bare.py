@@ -56,8 +56,11 @@ def main(folder: Path, event: str) -> None:
     from ray.cluster_utils import Cluster
 
     from tests.faults.two_nodes import node_of_a_rank
+    from tests.servers.seaweed import free_port
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": True})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": True, "dashboard_port": free_port()}
+    )
     for _ in range(2):
         cluster.add_node(num_cpus=1)
     os.environ["RAY_ADDRESS"] = cluster.address

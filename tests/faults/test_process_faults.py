@@ -17,6 +17,7 @@ from simclr_ray.data.manifest import Manifest
 from simclr_ray.train.run import RunFolder, read_quarantine
 from tests.faults import commands
 from tests.faults.commands import STEPS, committed, losses, recipe, started, steps_done, train_workers, wait_for
+from tests.servers.seaweed import free_port
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -206,7 +207,9 @@ def test_row_29_a_run_goes_on_with_another_number_of_workers(
 
 def test_another_ray_on_the_machine_takes_no_workers_away(data_set: Manifest, tmp_path: Path) -> None:
     """Ray's cleaner of placement groups would ask that one whether our run lives, and hear that it does not."""
-    other = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": True})
+    other = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": True, "dashboard_port": free_port()}
+    )
     try:
         file = recipe(tmp_path / "run", data_set, train__steps=400, optim__warmup_epochs=1)
         code, output = commands.run(file)
