@@ -24,13 +24,21 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from simclr_ray import storage
 from simclr_ray.config import ClusterConfig
-from simclr_ray.errors import ClusterError
+from simclr_ray.errors import ClusterError, root_cause
 from simclr_ray.views.make import Maker
 from simclr_ray.views.stage import Where
 
 log = logging.getLogger("simclr_ray.ray")
 
 PROBE_TIMEOUT_S = 10.0
+_LOST: Final = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.LocalRayletDiedError,
+    ray.exceptions.RaySystemError,
+)
 _STATE_API: Final = "RAY_API_SERVER_ADDRESS"
 _NOBODY: Final = "http://127.0.0.1:9"
 """Ray Train asks the State API every second whether its controller lives, and takes the workers away if not. Where it
@@ -57,11 +65,12 @@ def connected(config: ClusterConfig) -> Iterator[None]:
     running one they go as the job's `env_vars`. Credentials do not travel; each node has its own.
 
     Raises:
-        ClusterError: a given address does not answer.
+        ClusterError: a given address does not answer, or a part of Ray that the work needs was lost on the way.
     """
     if ray.is_initialized():
         _say_what_stays_behind()
-        yield
+        with _losses_said():
+            yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
@@ -85,9 +94,25 @@ def connected(config: ClusterConfig) -> Iterator[None]:
         ) from None
     _quiet()
     try:
-        yield
+        with _losses_said():
+            yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _losses_said() -> Iterator[None]:
+    """Say in a sentence that a process of Ray's is gone: a killed actor of the driver's, the raylet, the head."""
+    try:
+        yield
+    except _LOST as error:
+        cause = root_cause(error)
+        if cause is not None:
+            raise cause from error
+        raise ClusterError(
+            f"a part of the Ray cluster was lost: {str(error).splitlines()[0]}",
+            fix="run the same command again; it continues",
+        ) from error
 
 
 def told_whom_to_ask(address: str) -> dict[str, str]:

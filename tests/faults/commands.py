@@ -82,8 +82,13 @@ def committed(folder: Path) -> list[int]:
 
 def train_workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """Ray Train's workers below a command."""
+    return processes(process, "RayTrainWorker")
+
+
+def processes(process: subprocess.Popen[str], actor: str) -> list[psutil.Process]:
+    """Processes of an actor's class below a command."""
     below = psutil.Process(process.pid).children(recursive=True)
-    return [one for one in below if "RayTrainWorker" in " ".join(_command(one))]
+    return [one for one in below if actor in " ".join(_command(one)) and "ray::" in " ".join(_command(one))]
 
 
 def _command(process: psutil.Process) -> list[str]:

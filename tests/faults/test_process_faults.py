@@ -16,7 +16,17 @@ from ray.cluster_utils import Cluster
 from simclr_ray.data.manifest import Manifest
 from simclr_ray.train.run import RunFolder, read_quarantine
 from tests.faults import commands
-from tests.faults.commands import STEPS, committed, losses, recipe, started, steps_done, train_workers, wait_for
+from tests.faults.commands import (
+    STEPS,
+    committed,
+    losses,
+    processes,
+    recipe,
+    started,
+    steps_done,
+    train_workers,
+    wait_for,
+)
 from tests.servers.seaweed import free_port
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
@@ -203,6 +213,25 @@ def test_row_29_a_run_goes_on_with_another_number_of_workers(
     assert "continuing from the checkpoint of step" in output
     assert sorted(losses(folder)) == list(range(1, STEPS + 1))
     assert losses(folder) == pytest.approx(undisturbed, rel=1e-3)
+
+
+@pytest.mark.parametrize("actor", ["Desk", "TrainController"])
+def test_a_lost_actor_of_the_driver_ends_with_a_sentence_and_the_same_command_goes_on(
+    undisturbed: dict[int, float], data_set: Manifest, tmp_path: Path, actor: str
+) -> None:
+    folder = tmp_path / "run"
+    file = recipe(folder, data_set)
+    with started(file) as process:
+        wait_for(lambda: steps_done(folder) >= 5)
+        (one,) = processes(process, actor)
+        one.kill()
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 5, output
+    assert "Traceback" not in output
+    assert "run the same command again" in output
+    code, output = commands.run(file)
+    assert code == 0, output
+    assert losses(folder) == undisturbed
 
 
 def test_another_ray_on_the_machine_takes_no_workers_away(data_set: Manifest, tmp_path: Path) -> None:
