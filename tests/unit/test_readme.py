@@ -55,3 +55,32 @@ def test_what_is_said_beside_the_tables_was_measured() -> None:
     whole = MEASURED["fidelity"]["differences"]["whole view, 500 x 375"]
     ours, theirs = whole["ours"]["mean"], whole["torchvision, Pillow"]["mean"]
     assert f"our views are off by {ours:.2f} levels of 255 on average, torchvision's by {theirs:.1f}." in README
+
+
+def test_the_stream_and_training_are_as_measured() -> None:
+    ingest, train = (json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()) for name in ("ingest", "train"))
+    text = " ".join(README.split())
+    photos, small = ingest["photos"], ingest["small"]
+    stream, plain = (rate(photos[side]) for side in ("stream", "plain"))
+    shares = [part["stream_to_plain"]["per_cpu_s"] for part in (photos, small)]
+    ours = sum(photos["cost_us"]["Ray's share"].values()) / 1000
+    still = sum(photos["cost_us"]["idle"].values()) / 1000
+    for words in (
+        f"at {stream:.0f} images a second where a plain loop of the same functions makes {plain:.0f} on one core",
+        f"and {shares[0]:.0%} of its images for each second of CPU".replace("%", " %"),
+        f"costs {sum(photos['cost_us']['plain loop'].values()) / 1000:.2f} ms in the loop and {ours:.2f} ms of Ray's",
+        f"of which {still:.2f} ms is what Ray's processes take standing still ({photos['idle_cores']:.2f} cores",
+        f"(Fashion-MNIST: {shares[1]:.0%})".replace("%", " %"),
+    ):
+        assert words in text, words
+    speeds, ratios = list(train["images_per_s"].values()), list(train["ratio"].values())
+    for words in (
+        f"{speeds[0]:.0f} images a second to {speeds[1]:.0f}, {ratios[0]:.2f} times, and {ratios[1]:.2f} times",
+        f"Ours waits for data {100 * train['wait_fraction']:.1f} % of the time.",
+    ):
+        assert words in text, words
+
+
+def rate(runs: list[dict[str, float]]) -> float:
+    """Images a second over several runs."""
+    return sum(run["images"] for run in runs) / sum(run["wall_s"] for run in runs)
