@@ -36,6 +36,7 @@ from simclr_ray.train.batches import Shares, StepBatch, step_batches
 from simclr_ray.train.cluster import usable_cores
 from simclr_ray.train.derive import Derived, policy_of
 from simclr_ray.train.device import ViewsOnDevice
+from simclr_ray.train.memory import out_of_memory
 from simclr_ray.train.pulse import EVERY_S, RANK_0_EVERY_S, Pulse
 from simclr_ray.train.run import RunFolder
 from simclr_ray.train.saver import SavesFailedError, Verdict
@@ -70,7 +71,7 @@ def train_worker(loop_config: dict[str, Any]) -> None:
         return  # a restart of Ray's after an error that every restart would meet again; the driver raises it
     rank = ray.train.get_context().get_world_rank()
     ray.get(order.desk.join.remote(rank, ray.get_runtime_context().get_node_id()))
-    with Pulse(rank, order.desk) as pulse, _reported(order.desk, pulse):
+    with Pulse(rank, order.desk) as pulse, _reported(order, pulse):
         _train(order, pulse)
 
 
@@ -311,16 +312,21 @@ def _offenders_named(
 
 
 @contextlib.contextmanager
-def _reported(desk: Any, pulse: Pulse) -> Iterator[None]:
+def _reported(order: WorkerOrder, pulse: Pulse) -> Iterator[None]:
     """Leave a user's error with the driver before it ends this rank: it would fail the same way at every restart.
 
     What all ranks found together ends them normally, so Ray does not even try again. Anything else must kill the
     group, for the other ranks may be waiting in a collective.
     """
+    desk = order.desk
     try:
         yield
     except (NumericsError, TooManyRejectedError) as error:
         ray.get(desk.fail.remote(error))
+    except torch.OutOfMemoryError as error:
+        workers = ray.train.get_context().get_world_size()
+        ray.get(desk.fail.remote(out_of_memory(error, order.derived, at=str(pulse.note()), workers=workers)))
+        raise
     except Exception as error:
         cause = root_cause(error)
         passes = cause is None or isinstance(cause, (ClusterError, StorageError))

@@ -165,6 +165,19 @@ def test_row_40_rollback_leaves_that_step_out_and_goes_on(
     assert found[STEPS] != undisturbed[STEPS]
 
 
+def test_row_39_a_gpu_without_memory_ends_the_run_with_what_would_fit_and_is_not_tried_again(
+    data_set: Manifest, tmp_path: Path
+) -> None:
+    """Torch's error, injected: there is no GPU here."""
+    folder = tmp_path / "run"
+    code, output = commands.run(recipe(folder, data_set, cluster__workers=2), fault="oom rank=1 step=12")
+    assert code == 2, output
+    assert "out of memory on rank 1 at step 12" in output
+    assert "cluster.workers=4 (the run goes on from its newest checkpoint" in output
+    assert "train.micro_batch=32" in output
+    assert info(folder)["attempts"] == 1
+
+
 def test_row_44_the_second_of_two_commands_is_refused_and_the_first_goes_on(
     undisturbed: dict[int, float], data_set: Manifest, tmp_path: Path
 ) -> None:

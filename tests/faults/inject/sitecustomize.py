@@ -4,7 +4,8 @@ SIMCLR_RAY_FAULT="nan rank=1 step=7" makes one pixel of that rank's images of th
 "hang rank=1 step=7 once=FILE" lets the rank sleep there for ever, once: the file says that it has happened. "die ..."
 ends it there as SIGKILL does, while the others wait in a collective; "die_saving step=10 ..." in the middle of that
 checkpoint.
-Nothing of this is in the package; the module under test is imported as it is, and one of its functions wrapped.
+"oom rank=1 step=7" is what torch raises where a GPU's memory is full.
+Nothing of this is in the package; the module under test is imported as it is, and some of its functions wrapped.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ def install(module: ModuleType, kind: str, rank: int, step: int, once: str) -> N
     def disturbed_images(*arguments: Any, **options: Any) -> Any:
         pixels = images(*arguments, **options)
         if current.get("step") == step and dist.get_rank() == rank:
+            if kind == "oom":
+                torch = sys.modules["torch"]
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
             if kind == "nan":
                 pixels = pixels.clone()
                 pixels[3, 0, 0, 0] = float("nan")
