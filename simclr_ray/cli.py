@@ -140,6 +140,19 @@ def _report(options: argparse.Namespace) -> None:
     console.say(f"report: {written}")
 
 
+def _runs(options: argparse.Namespace) -> None:
+    from simclr_ray.publish.runs_verb import runs
+
+    _reach_stores(options)
+    runs(options.what, options.folders, by=options.by, as_json=options.json, console=Console())
+
+
+def _env(options: argparse.Namespace) -> None:
+    from simclr_ray.publish.environment import environment_block
+
+    Console().block(environment_block())
+
+
 def _fetch_data(options: argparse.Namespace) -> None:
     from simclr_ray.data.fetch import fetch_data
 
@@ -214,6 +227,19 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--embedded", type=int, default=800, help="images in map and neighbours (default: %(default)s)")
     verb.add_argument("--recipe", metavar="FILE", help="configuration to compare the settings with")
     _overrides(verb, "storage.endpoint=http://127.0.0.1:9000")
+
+    verb = _verb(verbs, "runs", _runs, "list, show, rank or compare run folders, local or s3://")
+    verb.add_argument("what", choices=("ls", "show", "best", "compare"), help="one line each, all of one, best first, "
+                      "or what differs")  # fmt: skip
+    verb.add_argument("folders", nargs="+", metavar="FOLDER", help="run folders, or folders that hold some")
+    verb.add_argument(
+        "--by", choices=("linear_top1", "knn_top1", "loss", "rankme"), default="linear_top1",
+        help="measure that `best` ranks by (default: %(default)s)",
+    )  # fmt: skip
+    verb.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
+    _overrides(verb, "storage.endpoint=http://127.0.0.1:9000")
+
+    _verb(verbs, "env", _env, "print versions and settings for a bug report, without secrets")
 
     verb = _verb(verbs, "fetch-data", _fetch_data, "pack a ready-made data set: fashion-mnist or emoji")
     verb.add_argument("name", choices=("fashion-mnist", "emoji"))

@@ -39,6 +39,8 @@ class Page:
     footer: str
     runs: Sequence[Mapping[str, Any]]
     learning: Sequence[Markup]
+    learning_note: str
+    """A warning above those charts; may be empty."""
     health: Sequence[Markup]
     input: Sequence[Markup]
     settings: Mapping[str, Any]

@@ -87,7 +87,7 @@ def look_section(record: RunRecord, count: int, *, images: bool) -> Mapping[str,
 
 def _maps(look: Look) -> list[Mapping[str, Any]]:
     """Components 1 and 2, and 3 and 4 where there are so many."""
-    maps = []
+    maps: list[Mapping[str, Any]] = []
     labels = look.sample.labels or [-1] * len(look.sample.ids)
     colours = [label if 0 <= label < PAINTS else -1 for label in labels]
     for first in range(0, look.components.shape[1] - 1, 2):
