@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from simclr_ray import storage
@@ -120,12 +121,12 @@ def refuse_another_kind(target: str) -> str | None:
     Raises:
         ConfigError: something else is there.
     """
+    if storage.is_local(target) and Path(target).is_dir():
+        raise ConfigError("the output is a folder", where=target, fix="give a file name with -o")
     try:
         data, version = storage.read_versioned(target)
     except FileNotFoundError:
         return None
-    except IsADirectoryError:
-        raise ConfigError("the output is a folder", where=target, fix="give a file name with -o") from None
     if not data.startswith(BEGIN):
         raise ConfigError("the file is there and is no report, so it is not replaced", where=target,
                           fix="give another name with -o")  # fmt: skip

@@ -35,7 +35,7 @@ def hostile_data(folder: Path) -> Manifest:
         for i, row in enumerate(real_rows(192))
     ]
     manifest = make_data_set(folder, rows)
-    classes = tuple((*HOSTILE, "plain", "other", "last"))
+    classes = (*HOSTILE, "plain", "other", "last")
     manifest = replace(manifest, classes=classes)
     write_manifest(manifest)
     return manifest
