@@ -54,7 +54,7 @@ from simclr_ray.train.derive import derive, limits_of, policy_of
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "benchmarks/results/quality.json"
 RECIPE = ROOT / "jobs/fashion_mnist.yaml"
-QUICK_STEPS = 20
+QUICK_STEPS, QUICK_LABELS = 20, 1000
 
 Data = Literal["fashion-mnist", "emoji"]
 Side = Literal["ours", "lightly", "random encoder", "raw pixels"]
@@ -124,7 +124,8 @@ class Places:
     def overrides(self, cell: Cell) -> list[str]:
         """The recipe of a cell; both sides get these."""
         data = ROOT / "jobs/data/fashion-mnist" if cell.data == "fashion-mnist" else self.emoji
-        length = [] if self.steps is None else ["train.epochs=null", f"train.steps={self.steps}"]
+        short = (f"train.steps={self.steps}", f"evaluate.num_labels={QUICK_LABELS}", "evaluate.seeds=[0]")
+        length = [] if self.steps is None else ["train.epochs=null", "optim.warmup_epochs=0.2", *short]
         return [
             f"data.train={data}/train",
             f"evaluate.test={data}/test",
@@ -336,7 +337,10 @@ def _sweep(what: str, published: dict[float, float], results: Sequence[Result]) 
 
 
 def whole_hours(results: Sequence[Result], everything: Sequence[Cell], places: Places) -> float:
-    """Hours that the whole would take, by what a start, a step and a measurement took in the quick cells."""
+    """Hours that the whole would take, by what a start, a step and a measurement took in the quick cells.
+
+    A probe's time is taken to grow with its labels, which is more than it does.
+    """
     seconds = 0.0
     for cell in everything:
         like = [r for r in results if (r.cell.data, r.cell.side) == (cell.data, cell.side)]
@@ -345,7 +349,9 @@ def whole_hours(results: Sequence[Result], everything: Sequence[Cell], places: P
         config = load_config(str(RECIPE), Places(places.folder, places.emoji, None).overrides(cell))
         steps = derive(config, read_manifest(str(config.data.train))).total_steps if like[0].steps else 0
         start = max(0.0, like[0].train_s - like[0].steps * like[0].step_s)
-        seconds += like[0].measure_s + start + steps * like[0].step_s
+        labels = min(config.evaluate.num_labels or 1, read_manifest(str(config.data.train)).rows)
+        probes = len(config.evaluate.seeds) * labels / min(QUICK_LABELS, labels)
+        seconds += like[0].measure_s * probes + start + steps * like[0].step_s
     return seconds / 3600
 
 
