@@ -32,6 +32,7 @@ from simclr_ray.train.derive import limits_of
 from simclr_ray.views.apply import central_view
 from simclr_ray.views.draw import draw
 from simclr_ray.views.make import two_views
+from simclr_ray.views.policy import Policy
 
 SPECTRUM = 512
 """Singular values that are shown, at most."""
@@ -84,7 +85,7 @@ class Look:
     uniformity: float
 
 
-def sample_of(config: Config, policy_source: TrainedEncoder, count: int) -> Sample:
+def sample_of(config: Config, policy: Policy, count: int) -> Sample:
     """Images to look at: of the labelled test set where one is named, else of the training images.
 
     Raises:
@@ -95,7 +96,6 @@ def sample_of(config: Config, policy_source: TrainedEncoder, count: int) -> Samp
         raise DataError("the run names no data set")
     manifest = read_manifest(storage.normalise(uri))
     limits = limits_of(config.data)
-    policy = policy_source.policy
     views: list[Image] = []
     pairs: list[Image] = []
     ids: list[int] = []

@@ -56,7 +56,7 @@ def look_section(record: RunRecord, count: int, *, images: bool) -> Mapping[str,
     """
     assert isinstance(record.config, Config)
     encoder = load_encoder(record.uri)
-    look = look_at(encoder, sample_of(record.config, encoder, count))
+    look = look_at(encoder, sample_of(record.config, encoder.policy, count))
     sample = look.sample
     labels = sample.labels or ()
     counted = Counter(labels)

@@ -18,6 +18,7 @@ from simclr_ray.cli import main
 from simclr_ray.data.manifest import Manifest
 from simclr_ray.errors import ConfigError
 from simclr_ray.publish.page import BEGIN
+from simclr_ray.publish.runs import find_runs
 from tests.integration.report_runs import HOSTILE, SECRET
 from tests.unit.publish.made import made_run, results
 
@@ -190,3 +191,5 @@ def test_a_run_in_a_bucket_and_a_report_there(hostile_run: Path, s3_folder: str)
     assert "Nearest neighbours" in page.text
     report([uri], target, embedded=0, images=False)  # a version is swapped there
     assert b"data:image" not in storage.read_bytes(target)
+    assert find_runs([s3_folder]) == [uri]
+    assert main(["runs", "best", s3_folder]) == 0
