@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 RUN ?= runs/fashion-mnist
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo demo-s3 test test-faults check format venv clean-demo
+.PHONY: help demo demo-s3 test test-faults check format docs venv clean-demo
 
 help:
 	@echo "make demo    install, train an encoder on real images, evaluate it, show where the pictures are"
 	@echo "make demo-s3 the same from an S3 server on this machine that is killed for a while in the middle"
 	@echo "make test    install, run the tests"
 	@echo "make test-faults   whole runs that are killed, hung, cut off and refused: some ten minutes more"
+	@echo "make docs    the documentation site, into site/"
 	@echo "make check   format, lint, types, import direction, spelling"
 
 venv: $(VENV)/.installed
@@ -42,6 +43,11 @@ check: venv
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell
+
+docs: venv
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	@$(BIN)/python docs/make_reference.py
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir site
 
 format: venv
 	$(BIN)/ruff format .

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -58,6 +59,8 @@ class Task:
     """Not in lightly's examples."""
     folder: str
     """Where the ranks meet."""
+    keep: str | None = None
+    """File for the trained encoder and projector (safetensors); None keeps nothing."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,8 @@ def train(task: Task) -> Trained:
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
         step_s.append(time.perf_counter() - started)
+    if task.keep and task.rank == 0:
+        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, task.keep)
     return Trained(installed() or "", step_s, wait_s, losses)
 
 

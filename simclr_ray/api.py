@@ -15,10 +15,11 @@ from simclr_ray.data.sources import Labels, SourceKind
 from simclr_ray.evaluate.encode import load_encoder
 from simclr_ray.evaluate.evaluate import evaluate
 from simclr_ray.evaluate.preview import preview
+from simclr_ray.publish.report import report
 from simclr_ray.train.cluster import connected
 from simclr_ray.train.pretrain import RunResult, pretrain
 
-__all__ = ["RunResult", "evaluate", "fetch_data", "index", "load_encoder", "pack", "pretrain", "preview"]
+__all__ = ["RunResult", "evaluate", "fetch_data", "index", "load_encoder", "pack", "pretrain", "preview", "report"]
 
 
 def pack(

@@ -129,6 +129,30 @@ def _check(options: argparse.Namespace) -> None:
     run_check(options.config, options.set, Console().say)
 
 
+def _report(options: argparse.Namespace) -> None:
+    from simclr_ray.api import report
+
+    console = Console()
+    written = report(
+        options.runs, options.output, images=not options.no_images, embedded=options.embedded,
+        recipe=options.recipe, overrides=options.set, say=console.say,
+    )  # fmt: skip
+    console.say(f"report: {written}")
+
+
+def _runs(options: argparse.Namespace) -> None:
+    from simclr_ray.publish.runs_verb import runs
+
+    _reach_stores(options)
+    runs(options.what, options.folders, by=options.by, as_json=options.json, console=Console())
+
+
+def _env(options: argparse.Namespace) -> None:
+    from simclr_ray.publish.environment import environment_block
+
+    Console().block(environment_block())
+
+
 def _fetch_data(options: argparse.Namespace) -> None:
     from simclr_ray.data.fetch import fetch_data
 
@@ -195,6 +219,27 @@ def _parser() -> argparse.ArgumentParser:
     verb = _verb(verbs, "check", _check, "find out in seconds what a run would meet: stores, images, memory, hours")
     verb.add_argument("config", help="YAML file")
     _overrides(verb, "data.train=s3://bucket/folder")
+
+    verb = _verb(verbs, "report", _report, "write one offline HTML file about a run, or about runs beside each other")
+    verb.add_argument("runs", nargs="+", metavar="RUN", help="run folder, local or s3://")
+    verb.add_argument("-o", "--output", default="report.html", help="file to write (default: %(default)s)")
+    verb.add_argument("--no-images", action="store_true", help="leave out all pictures of the data")
+    verb.add_argument("--embedded", type=int, default=800, help="images in map and neighbours (default: %(default)s)")
+    verb.add_argument("--recipe", metavar="FILE", help="configuration to compare the settings with")
+    _overrides(verb, "storage.endpoint=http://127.0.0.1:9000")
+
+    verb = _verb(verbs, "runs", _runs, "list, show, rank or compare run folders, local or s3://")
+    verb.add_argument("what", choices=("ls", "show", "best", "compare"), help="one line each, all of one, best first, "
+                      "or what differs")  # fmt: skip
+    verb.add_argument("folders", nargs="+", metavar="FOLDER", help="run folders, or folders that hold some")
+    verb.add_argument(
+        "--by", choices=("linear_top1", "knn_top1", "loss", "rankme"), default="linear_top1",
+        help="measure that `best` ranks by (default: %(default)s)",
+    )  # fmt: skip
+    verb.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
+    _overrides(verb, "storage.endpoint=http://127.0.0.1:9000")
+
+    _verb(verbs, "env", _env, "print versions and settings for a bug report, without secrets")
 
     verb = _verb(verbs, "fetch-data", _fetch_data, "pack a ready-made data set: fashion-mnist or emoji")
     verb.add_argument("name", choices=("fashion-mnist", "emoji"))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from simclr_ray import storage
+from simclr_ray.config import Config
 from simclr_ray.configure import ConfigSource, load_config, use_storage
 from simclr_ray.data.decode import REASONS, Rejected, decode
 from simclr_ray.data.manifest import read_manifest
@@ -46,36 +48,56 @@ def preview(
         raise ConfigError("data.train must be set", fix="add --set data.train=FOLDER")
     if not 1 <= images <= _MOST:
         raise ConfigError("a sheet of so many images cannot be drawn", got=images, expected=f"1 to {_MOST}")
-    manifest = read_manifest(storage.normalise(settings.data.train))
+    seen = first_views(settings, images)
+    title = f"{settings.views.preset}, flavour {settings.views.flavour}"
+    views_sheet([one.image for one in seen], np.stack([one.views for one in seen]), output, title=title)
+    return [line for one in seen for line in one.words]
+
+
+class Seen(NamedTuple):
+    """An image as the first epoch trains on it."""
+
+    image: Image
+    """Decoded, (H, W, 3) uint8."""
+    views: Image
+    """Its two views, (2, S, S, 3) uint8."""
+    words: tuple[str, ...]
+    """What was drawn: a line for the image and one for each view."""
+
+
+def first_views(settings: Config, images: int) -> list[Seen]:
+    """The first images of a run's order with the two views that training makes of them; fewer where there are fewer.
+
+    Raises:
+        ConfigError: the data set fills no unit.
+        DataError: it cannot be read.
+    """
+    manifest = read_manifest(storage.normalise(str(settings.data.train)))
     table = UnitTable(manifest)
     if not table.num_units:
         raise ConfigError("the data set fills no unit", where="data.train", got=f"{manifest.rows} images")
     policy = policy_of(settings.views)
     limits = limits_of(settings.data)
     stage = ViewStage(policy, settings.run.seed, limits, scaled_decode=settings.views.scaled_decode)
-    originals: list[Image] = []
-    views: list[Image] = []
-    lines: list[str] = []
+    seen: list[Seen] = []
     units = min(table.num_units, -(-images // manifest.unit_rows))
     for task in plan_tasks(manifest, Plan(table, settings.run.seed), 0, units, units_per_task=1, limits=limits):
         rows = read_planned(task, task.start)
         unit: Columns = {name: rows[name].to_numpy(zero_copy_only=False) for name in rows.column_names}
         out = stage.columns(unit)
         encoded = dict(zip(unit["sample_id"].tolist(), unit["image"].tolist(), strict=True))
-        wanted = slice(0, images - len(originals))
+        wanted = slice(0, images - len(seen))
         for place, sample_id in enumerate(out["sample_id"][wanted].tolist()):
             image = decode(encoded[sample_id], limits)
             assert not isinstance(image, Rejected)
-            originals.append(image)
-            views.append(out["views"][place].astype(np.uint8))
             address = {name: out[name][place : place + 1].astype(np.int64) for name in ("epoch", "use")}
             draws = draws_at(
                 policy, seed=settings.run.seed, sample_ids=np.array([sample_id]),
                 sizes=np.array([image.shape[:2]]), **address,
             )  # fmt: skip
-            lines += describe(sample_id, image.shape[:2], draws, policy, instead_of=_rejected_at(place, out))
-    views_sheet(originals, np.stack(views), output, title=f"{settings.views.preset}, flavour {policy.flavour}")
-    return lines
+            words = describe(sample_id, image.shape[:2], draws, policy, instead_of=_rejected_at(place, out))
+            seen.append(Seen(image, out["views"][place].astype(np.uint8), tuple(words)))
+    return seen
 
 
 def _rejected_at(place: int, unit: Columns) -> str | None:

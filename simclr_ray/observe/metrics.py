@@ -212,14 +212,23 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[Record]:
         FileNotFoundError: there is no such file.
         DataError: a complete line is not a record; the message names the line.
     """
+    return parse_jsonl(Path(path).read_bytes(), where=str(path))
+
+
+def parse_jsonl(data: bytes, *, where: str) -> list[Record]:
+    """`read_jsonl` of a file that was read already, such as one of an object store.
+
+    Raises:
+        DataError: a complete line is not a record; the message names the line of `where`.
+    """
     records = []
-    for number, line in enumerate(_complete_lines(Path(path)), start=1):
+    for number, line in enumerate(data.split(b"\n")[:-1], start=1):  # what follows the last newline is torn
         try:
             records.append(_from_json(line))
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 "is not a metrics record",
-                where=f"{path}, line {number}",
+                where=f"{where}, line {number}",
                 got=f"{type(error).__name__}: {error}",
                 expected="one JSON object with step, samples_seen, attempt, wall_s and values",
                 fix="delete this line; the other lines stand on their own",

@@ -32,7 +32,7 @@ _NAMES = (
 _SHAPES = (
     re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL),
     # A user and password, or key and secret, in front of a host; a secret may hold slashes.
-    re.compile(r"(?<=://)[^/\s:@]+:(?:[A-Za-z0-9/+=]{40}|[^/\s@]+)(?=@)"),
+    re.compile(r"(?<=://)[^/\s:@]*:(?:[A-Za-z0-9/+=]{40}|[^/\s@]+)(?=@)"),
     re.compile(r"(?i)\b(?:bearer|basic)\s+[A-Za-z0-9._~+/=-]{8,}"),
     re.compile(r"(?i)\bauthorization['\"]?\s*[:=]\s*['\"]?[^\r\n'\"]+"),
     re.compile(r"\bAWS4-HMAC-SHA256\b[^\r\n]*"),

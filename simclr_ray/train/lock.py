@@ -64,6 +64,18 @@ def _decode(data: bytes) -> Holder:
         return Holder("", "unknown", "", 0, 0, 0.0)  # not ours, or half written: nobody who beats
 
 
+def holder_of(folder: str) -> Holder | None:
+    """Who holds a run folder, or did when it ended without a word; None where nobody does. Takes nothing.
+
+    Raises:
+        StorageError: the store fails.
+    """
+    try:
+        return _decode(storage.read_bytes(storage.join(folder, LOCK_NAME)))
+    except FileNotFoundError:
+        return None
+
+
 @dataclass(frozen=True)
 class Pace:
     """Times in seconds; tests shorten them."""
@@ -212,6 +224,11 @@ def hold(folder: str, say: Callable[[str], None], pace: Pace | None = None) -> I
         yield lock
     finally:
         lock.release()
+
+
+def is_alive(holder: Holder) -> bool:
+    """Whether a holder beat lately and is not known to be dead; by its own clock, so a hint and no proof."""
+    return not _is_dead_here(holder) and time.time() - holder.beaten < STALE_S
 
 
 def _is_dead_here(holder: Holder) -> bool:

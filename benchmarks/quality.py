@@ -1,0 +1,408 @@
+"""Claim: what is learned is as good as with lightly's SimCLR at equal images seen, and moves with its settings as the
+paper's does.
+
+Both sides train the same encoder and projector from the same initial weights with the same policy, optimizer, learning
+rates, global batch and steps: ours by `simclr_ray.pretrain`, the peer by the bare loop around lightly's transform, data
+set and loss (train_lightly.py), which sends the two views through the encoder one after the other, as its examples do.
+Then one and the same code embeds both and measures them on test images that nothing was trained on: weighted kNN, and a
+linear probe whose regularisation is chosen on a hold-out of the training labels. Nothing is chosen on the test set.
+
+    PYTHONPATH=... python benchmarks/quality.py --folder runs/quality [--emoji DATA] [--seeds 3] [--quick]
+
+What is run: Fashion-MNIST (in the clone) and emoji (`simclr-ray fetch-data emoji DATA --source ...`), each side with
+each seed, with the untrained encoder and raw pixels beside; then our temperature on Fashion-MNIST and our strength of
+colour jitter on emoji, whose shapes stand beside tables 5 and 1 of SimCLR. Every finished cell is a file in --folder;
+run again, the script does what is missing, and a training of ours goes on from its checkpoint. Prints tables; a whole
+run writes benchmarks/results/quality.json. --quick trains a few steps on one seed and says what the whole would take.
+
+The paper's numbers are ResNet-50 on ImageNet, 100 epochs, batch 4096: the shape can agree, the values cannot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, Literal
+
+import torch
+from machine import machine
+from safetensors.torch import load_file
+from torch import Tensor
+from train_lightly import EXIT_NOT_INSTALLED, Task, installed
+
+from simclr_ray.config import Config
+from simclr_ray.configure import load_config
+from simclr_ray.data.manifest import read_manifest
+from simclr_ray.evaluate.encode import Image, LabelledSet, embed, load_encoder, pixels, random_encoder, read_labelled
+from simclr_ray.evaluate.knn import knn_top1
+from simclr_ray.evaluate.linear import probe_over_seeds
+from simclr_ray.observe.metrics import read_jsonl
+from simclr_ray.train.build import build_model
+from simclr_ray.train.derive import derive, limits_of, policy_of
+
+ROOT = Path(__file__).parents[1]
+FILE = ROOT / "benchmarks/results/quality.json"
+RECIPE = ROOT / "jobs/fashion_mnist.yaml"
+QUICK_STEPS, QUICK_LABELS = 20, 1000
+
+Data = Literal["fashion-mnist", "emoji"]
+Side = Literal["ours", "lightly", "random encoder", "raw pixels"]
+TRAINED: tuple[Side, ...] = ("ours", "lightly")
+
+EMOJI = ("views.size=40", "views.grayscale_probability=null", "train.epochs=120")
+"""What differs from the recipe of Fashion-MNIST: colours, larger pictures, more passes of a set a twelfth as large."""
+
+PAPER_TEMPERATURE = {0.05: 59.7, 0.1: 64.4, 0.5: 60.7, 1.0: 58.0}
+"""SimCLR (arXiv 2002.05709v3), table 5: top-1 of the linear probe with l2 normalisation."""
+PAPER_STRENGTH = {0.125: 59.6, 0.25: 61.0, 0.5: 62.6, 1.0: 63.2}
+"""Its table 1, without blur."""
+T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+"""Student's t, two-sided 95 %, by degrees of freedom."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training and its measurement."""
+
+    data: Data
+    side: Side
+    seed: int
+    setting: str = ""
+    """Of a sweep, as an override: `loss.temperature=0.5`; empty for the recipe."""
+
+    @property
+    def name(self) -> str:
+        setting = f"_{self.setting}" if self.setting else ""
+        return f"{self.data}_{self.side.replace(' ', '-')}_seed{self.seed}{setting}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a cell has given."""
+
+    cell: Cell
+    knn: float
+    """Fraction, on the test set."""
+    linear: float
+    """Fraction, mean over the probe's seeds."""
+    steps: int
+    images_seen: int
+    first_loss: float | None
+    last_loss: float | None
+    """Means over the first and the last tenth of the steps."""
+    step_s: float
+    """Of the later steps; 0 where nothing is trained."""
+    train_s: float
+    """With the start of processes, Ray's among them."""
+    measure_s: float
+
+
+class NotRun(Exception):
+    """Why a side cannot take part."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where things are."""
+
+    folder: Path
+    emoji: Path | None
+    steps: int | None
+    """Of every training; None: the recipe's."""
+
+    def overrides(self, cell: Cell) -> list[str]:
+        """The recipe of a cell; both sides get these."""
+        data = ROOT / "jobs/data/fashion-mnist" if cell.data == "fashion-mnist" else self.emoji
+        length = ["train.epochs=null", f"train.steps={self.steps}", "optim.warmup_epochs=0.2", "evaluate.seeds=[0]"]
+        if cell.data == "fashion-mnist":  # classes of emoji are too unequal for a balanced draw: there all labels serve
+            length.append(f"evaluate.num_labels={QUICK_LABELS}")
+        return [
+            f"data.train={data}/train",
+            f"evaluate.test={data}/test",
+            f"run.seed={cell.seed}",
+            *(EMOJI if cell.data == "emoji" else ()),
+            *(length if self.steps is not None else ()),
+            *([cell.setting] if cell.setting else []),
+        ]
+
+
+def cells(seeds: int, sweep_seeds: int, *, emoji: bool) -> list[Cell]:
+    """Everything that is run, what matters most first."""
+    sets: tuple[Data, ...] = ("fashion-mnist", "emoji") if emoji else ("fashion-mnist",)
+    out = [Cell(data, "raw pixels", 0) for data in sets]
+    for seed in range(seeds):
+        for data in sets:
+            out += [Cell(data, side, seed) for side in ("random encoder", *TRAINED)]
+    for seed in range(sweep_seeds):
+        out += [Cell("fashion-mnist", "ours", seed, f"loss.temperature={value}") for value in PAPER_TEMPERATURE]
+        if emoji:
+            out += [Cell("emoji", "ours", seed, f"views.strength={value}") for value in PAPER_STRENGTH]
+    return out
+
+
+def run_cell(cell: Cell, places: Places) -> Result:
+    """Train and measure, or read what an earlier start has measured.
+
+    Raises:
+        NotRun: the side cannot take part.
+    """
+    done = places.folder / f"{cell.name}.json"
+    if done.exists():
+        fields = json.loads(done.read_text())
+        return Result(**fields | {"cell": Cell(**fields["cell"])})
+    config = load_config(str(RECIPE), places.overrides(cell))
+    started = time.perf_counter()
+    represent, steps, losses, step_s = TRAINERS[cell.side](cell, config, places)
+    trained = time.perf_counter()
+    train, test = labelled(config.model_dump_json(include={"data", "views", "evaluate", "run"}))
+    train_h, test_h = represent(train.views), represent(test.views)
+    knn, linear = measured(train_h, train.labels, test_h, test.labels, config)
+    tenth = max(1, len(losses) // 10)
+    result = Result(
+        cell, knn, linear, steps, steps * config.train.global_batch,
+        mean(losses[:tenth]) if losses else None, mean(losses[-tenth:]) if losses else None,
+        step_s, trained - started, time.perf_counter() - trained,
+    )  # fmt: skip
+    fresh = done.with_suffix(".tmp")
+    fresh.write_text(json.dumps(asdict(result), indent=1))
+    fresh.replace(done)
+    return result
+
+
+Represent = Callable[[Image], Tensor]
+Made = tuple[Represent, int, list[float], float]
+"""What turns images into embeddings, the steps that it was trained for, their losses, and seconds a step."""
+
+
+def _ours(cell: Cell, config: Config, places: Places) -> Made:
+    run = places.folder / "runs" / cell.name
+    sets = [part for change in [*places.overrides(cell), f"run.folder={run}"] for part in ("--set", change)]
+    command = [sys.executable, "-m", "simclr_ray.cli", "pretrain", str(RECIPE), *sets]
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment.pop("RAY_ADDRESS", None)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"pretrain has ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    encoder = load_encoder(str(run))
+    records = read_jsonl(run / "metrics.jsonl")
+    losses, last = [record.values["train/loss"] for record in records], records[-1].values["time/step_s"]
+    return (lambda views: embed(encoder.model.embed, views, encoder.policy)), encoder.step, losses, last
+
+
+def _lightly(cell: Cell, config: Config, places: Places) -> Made:
+    with tempfile.TemporaryDirectory() as folder:
+        keep = f"{folder}/model.safetensors"
+        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        task = Task(str(RECIPE), places.overrides(cell), 0, 1, threads, 1, channels_last=True, folder=folder, keep=keep)
+        command = [sys.executable, str(Path(__file__).with_name("train_lightly.py")), json.dumps(asdict(task))]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == EXIT_NOT_INSTALLED:
+            raise NotRun(done.stderr.strip().splitlines()[-1])
+        if done.returncode:
+            raise RuntimeError(f"lightly's loop has ended with {done.returncode}:\n{done.stderr[-2000:]}")
+        trained = json.loads(done.stdout.splitlines()[-1])
+        model = build_model(config)
+        model.load_state_dict(load_file(keep))
+    model.eval()
+    policy = policy_of(config.views)
+    later = mean(trained["step_s"][len(trained["step_s"]) // 2 :])
+    return (lambda views: embed(model.embed, views, policy)), len(trained["losses"]), trained["losses"], later
+
+
+def _random(cell: Cell, config: Config, places: Places) -> Made:
+    policy = policy_of(config.views)
+    train, _ = labelled(config.model_dump_json(include={"data", "views", "evaluate", "run"}))
+    model = random_encoder(config, train.views, policy)
+    return (lambda views: embed(model.embed, views, policy)), 0, [], 0.0
+
+
+def _pixels(cell: Cell, config: Config, places: Places) -> Made:
+    policy = policy_of(config.views)
+    return (lambda views: pixels(views, policy)), 0, [], 0.0
+
+
+TRAINERS: dict[Side, Callable[[Cell, Config, Places], Made]] = {
+    "ours": _ours, "lightly": _lightly, "random encoder": _random, "raw pixels": _pixels,
+}  # fmt: skip
+
+
+@lru_cache(maxsize=2)
+def labelled(settings: str) -> tuple[LabelledSet, LabelledSet]:
+    """Training and test images with labels, decoded once for all cells that share them."""
+    config = load_config(json.loads(settings))
+    policy, limits = policy_of(config.views), limits_of(config.data)
+    uris = str(config.data.train), str(config.evaluate.test)
+    train, test = (read_labelled(read_manifest(uri), policy, limits, num_pairs=0, seed=0) for uri in uris)
+    return train, test
+
+
+def measured(train_h: Tensor, train_y: Tensor, test_h: Tensor, test_y: Tensor, config: Config) -> tuple[float, float]:
+    """kNN and linear accuracy on the test set, the same code for all sides."""
+    choose = config.evaluate
+    knn = knn_top1(train_h, train_y, test_h, test_y, k=choose.knn_k, temperature=choose.knn_temperature)
+    some = None if choose.num_labels is None or choose.num_labels >= len(train_h) else choose.num_labels
+    num_classes = int(max(train_y.max(), test_y.max())) + 1
+    probe = probe_over_seeds(
+        train_h, train_y, test_h, test_y, num_classes=num_classes, seeds=choose.seeds, num_labels=some
+    )
+    return knn, probe.mean
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and sample standard deviation over pretraining seeds, in percent."""
+    if not values:
+        return "-"
+    text = f"{100 * mean(values):.1f}"
+    return f"{text} ± {100 * stdev(values):.1f}" if len(values) > 1 else text
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float] | None:
+    """Two-sided 95 % interval of the mean difference of pairs (of seeds), in points; None of fewer than two."""
+    if len(differences) < 2 or len(differences) - 1 not in T_95:
+        return None
+    half = T_95[len(differences) - 1] * stdev(differences) / math.sqrt(len(differences))
+    return 100 * (mean(differences) - half), 100 * (mean(differences) + half)
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman's, for values without ties."""
+    order_a, order_b = ({i: rank for rank, i in enumerate(sorted(range(len(v)), key=v.__getitem__))} for v in (a, b))
+    n = len(a)
+    return 1 - 6 * sum((order_a[i] - order_b[i]) ** 2 for i in range(n)) / (n * (n * n - 1))
+
+
+def show(results: Sequence[Result]) -> dict[str, Any]:
+    """Print the tables and return what they say."""
+    said: dict[str, Any] = {"sides": {}, "difference": {}, "sweeps": {}}
+    print("\n| data | side | seeds | images seen | kNN % | linear % |\n| --- | --- | ---: | ---: | ---: | ---: |")
+    for data in ("fashion-mnist", "emoji"):
+        by_side = {side: [r for r in results if r.cell.data == data and r.cell.side == side and not r.cell.setting]
+                   for side in TRAINERS}  # fmt: skip
+        for side, of_it in by_side.items():
+            if of_it:
+                knn, linear = spread([r.knn for r in of_it]), spread([r.linear for r in of_it])
+                print(f"| {data} | {side} | {len(of_it)} | {of_it[0].images_seen:,} | {knn} | {linear} |")
+                said["sides"][f"{data}, {side}"] = {"knn": [r.knn for r in of_it], "linear": [r.linear for r in of_it]}
+        said["difference"] |= _difference(data, by_side["ours"], by_side["lightly"])
+    for what, published, data in (
+        ("loss.temperature", PAPER_TEMPERATURE, "fashion-mnist"), ("views.strength", PAPER_STRENGTH, "emoji"),
+    ):  # fmt: skip
+        said["sweeps"] |= _sweep(what, published, [r for r in results if r.cell.data == data])
+    return said
+
+
+def _difference(data: str, ours: Sequence[Result], theirs: Sequence[Result]) -> dict[str, Any]:
+    """Ours less the peer's, seed by seed."""
+    said: dict[str, Any] = {}
+    peers = {r.cell.seed: r for r in theirs}
+    pairs = [(r, peers[r.cell.seed]) for r in ours if r.cell.seed in peers]
+    for measure in ("knn", "linear"):
+        differences = [getattr(a, measure) - getattr(b, measure) for a, b in pairs]
+        if not differences:
+            continue
+        bounds = interval(differences)
+        between = f", 95 % interval {bounds[0]:+.1f} to {bounds[1]:+.1f}" if bounds else ", one seed"
+        print(f"{data}, {measure}: ours less lightly {100 * mean(differences):+.1f} points{between}")
+        said[f"{data}, {measure}"] = {"points": [100 * one for one in differences], "interval": bounds}
+    return said
+
+
+def _sweep(what: str, published: dict[float, float], results: Sequence[Result]) -> dict[str, Any]:
+    """One setting's values beside the paper's, both less their best."""
+    found = {value: [r.linear for r in results if r.cell.setting == f"{what}={value}"] for value in published}
+    found = {value: accuracies for value, accuracies in found.items() if accuracies}
+    if not found:
+        return {}
+    best, best_published = max(100 * mean(a) for a in found.values()), max(published[value] for value in found)
+    print(f"\n| {what} | linear % | less the best | the paper's, less its best |\n| ---: | ---: | ---: | ---: |")
+    for value, accuracies in found.items():
+        off, theirs = 100 * mean(accuracies) - best, published[value] - best_published
+        print(f"| {value:g} | {spread(accuracies)} | {off:+.1f} | {theirs:+.1f} |")
+    said: dict[str, Any] = {"linear": {str(value): accuracies for value, accuracies in found.items()}}
+    if len(found) > 2:
+        means = [mean(accuracies) for accuracies in found.values()]
+        said["rank_correlation"] = rank_correlation(means, [published[value] for value in found])
+        print(f"rank correlation with the paper's: {said['rank_correlation']:+.2f} of {len(found)} values")
+    return {what: said}
+
+
+def whole_hours(results: Sequence[Result], everything: Sequence[Cell], places: Places) -> float:
+    """Hours that the whole would take, by what a start, a step and a measurement took in the quick cells.
+
+    A probe's time is taken to grow with its labels, which is more than it does.
+    """
+    seconds = 0.0
+    for cell in everything:
+        like = [r for r in results if (r.cell.data, r.cell.side) == (cell.data, cell.side)]
+        if not like:
+            continue
+        config = load_config(str(RECIPE), Places(places.folder, places.emoji, None).overrides(cell))
+        steps = derive(config, read_manifest(str(config.data.train))).total_steps if like[0].steps else 0
+        start = max(0.0, like[0].train_s - like[0].steps * like[0].step_s)
+        more = (config.evaluate.num_labels or QUICK_LABELS) / QUICK_LABELS if cell.data == "fashion-mnist" else 1.0
+        probes = more * len(config.evaluate.seeds)
+        seconds += like[0].measure_s * probes + start + steps * like[0].step_s
+    return seconds / 3600
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="for finished cells and runs; the same folder goes on")
+    parser.add_argument("--emoji", type=Path, help="packed emoji: a folder with train/ and test/")
+    parser.add_argument("--seeds", type=int, default=3, help="of each side (default: %(default)s)")
+    parser.add_argument("--sweep-seeds", type=int, default=2, help="of each value of a sweep (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="few steps, one seed: does it work, how long is the whole")
+    parser.add_argument("--output", type=Path, help=f"default {FILE.name} in results; with --quick, none")
+    args = parser.parse_args()
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1))
+    everything = cells(args.seeds, args.sweep_seeds, emoji=args.emoji is not None)
+    if args.emoji is None:
+        print("emoji: not run, no --emoji")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = args.folder or Path(scratch)
+        if args.quick:
+            folder = folder / "quick"
+        (folder / "runs").mkdir(parents=True, exist_ok=True)
+        places = Places(folder.absolute(), args.emoji and args.emoji.absolute(), QUICK_STEPS if args.quick else None)
+        todo = [cell for cell in everything if not args.quick or (cell.seed == 0 and _is_quick(cell))]
+        results, not_run = [], {}
+        for cell in todo:
+            try:
+                results.append(run_cell(cell, places))
+            except NotRun as reason:
+                not_run[cell.side] = str(reason)
+                continue
+            one = results[-1]
+            print(f"{cell.name}: kNN {one.knn:.1%}, linear {one.linear:.1%}, {one.train_s:.0f} s", flush=True)
+        said = show(results)
+        for side, why in not_run.items():
+            print(f"{side}: not run, {why}")
+        if args.quick:
+            hours = whole_hours(results, everything, places)
+            print(
+                f"\nthe whole, {len(everything)} cells, would take about {hours:.1f} h on a machine as busy as this was"
+            )
+    output = args.output or (None if args.quick else FILE)
+    if output is not None:
+        about = {"machine": machine(), "lightly": installed(), "seeds": args.seeds, "not_run": not_run}
+        output.write_text(json.dumps({**about, **said, "cells": [asdict(r) for r in results]}, indent=1) + "\n")
+
+
+def _is_quick(cell: Cell) -> bool:
+    """A quick run has each side once, and two values of each sweep."""
+    return cell.setting in ("", "loss.temperature=0.1", "loss.temperature=1.0", "views.strength=1.0")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What a run gives away: reports, lists of runs, and the block for bug reports."""

@@ -1,0 +1,180 @@
+"""The documentation says what the code does: its commands are the program's, its settings exist, its Python runs.
+
+Every block is at least read by what would read it: commands by the parser of the command line, YAML by the validation
+of settings, Python by the compiler. A block after the line `<!-- run -->` is executed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from simclr_ray.cli import _parser, main
+from simclr_ray.configure import load_config
+from simclr_ray.data.manifest import Manifest
+from tests.unit.publish.made import made_run, results
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
+FENCE = re.compile(r"(?P<run><!-- run -->\n)?^```(?P<language>[a-z]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\((?P<target>[^)\s]+)\)")
+
+
+@dataclass(frozen=True)
+class Block:
+    page: Path
+    line: int
+    language: str
+    text: str
+    run: bool
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks() -> Iterator[Block]:
+    for page in PAGES:
+        text = page.read_text()
+        for match in FENCE.finditer(text):
+            line = text.count("\n", 0, match.start()) + 1
+            yield Block(page, line, match["language"], match["text"], bool(match["run"]))
+
+
+def commands(block: Block) -> Iterator[list[str]]:
+    """Calls of `simclr-ray` in a shell block, as lists of arguments."""
+    for line in block.text.splitlines():
+        for part in re.split(r";\s*(?:do\s+)?|&&", line):
+            words = shlex.split(part, comments=True)
+            if words[:1] == ["simclr-ray"]:
+                yield words[1:]
+
+
+BLOCKS = list(blocks())
+
+
+@pytest.mark.parametrize("block", [one for one in BLOCKS if one.language == "bash"], ids=str)
+def test_commands_are_the_programs(block: Block) -> None:
+    for arguments in commands(block):
+        try:
+            options = _parser().parse_args(arguments)
+        except SystemExit:
+            pytest.fail(f"{block}: simclr-ray {shlex.join(arguments)} is no command of this program")
+        settings = getattr(options, "set", None) or []
+        # A shell variable is no value yet; the key must exist all the same.
+        load_config(None, [text.replace("=$t", "=0.1") if "$" in text else text for text in settings])
+    for target in re.findall(r"^make ([a-z0-9-]+)", block.text, flags=re.MULTILINE):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE), f"{block}: make {target}"
+
+
+@pytest.mark.parametrize("block", [one for one in BLOCKS if one.language == "yaml"], ids=str)
+def test_settings_exist_and_fit(block: Block) -> None:
+    load_config(yaml.safe_load(block.text))
+
+
+@pytest.mark.parametrize("block", [one for one in BLOCKS if one.language == "python"], ids=str)
+def test_python_compiles_and_imports_what_exists(block: Block) -> None:
+    compile(block.text, str(block), "exec")
+    import simclr_ray
+
+    for name in re.findall(r"\bsimclr_ray\.([a-z_0-9]+)", block.text):
+        assert hasattr(simclr_ray, name) or (ROOT / "simclr_ray" / name).exists(), f"{block}: simclr_ray.{name}"
+
+
+@pytest.mark.parametrize("block", [one for one in BLOCKS if one.run and one.language == "python"], ids=str)
+def test_python_runs(block: Block) -> None:
+    exec(compile(block.text, str(block), "exec"), {"__name__": "docs"})
+
+
+@pytest.mark.parametrize("block", [one for one in BLOCKS if one.run and one.language == "bash"], ids=str)
+def test_commands_run(
+    block: Block,
+    tmp_path: Path,
+    data_set: Manifest,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In a folder with the recipes and two runs."""
+    (tmp_path / "jobs").symlink_to(ROOT / "jobs")
+    made_run(tmp_path / "runs" / "mine", data_set, evaluation=results(0.8))
+    made_run(tmp_path / "runs" / "other", data_set, evaluation=results(0.7), loss__temperature=0.1)
+    monkeypatch.chdir(tmp_path)
+    for arguments in commands(block):
+        assert main(arguments) == 0, (arguments, capsys.readouterr())
+        if "-o" in arguments:
+            assert Path(arguments[arguments.index("-o") + 1]).stat().st_size > 1000
+
+
+def test_blocks_of_every_kind_are_found() -> None:
+    """This file would pass over pages that it cannot read."""
+    kinds = {(one.language, one.run) for one in BLOCKS}
+    assert {("bash", False), ("bash", True), ("python", False), ("python", True), ("yaml", False)} <= kinds
+    assert len([one for one in BLOCKS if one.run]) >= 6
+    for page in PAGES:
+        assert page.read_text().count("<!-- run -->") == sum(one.run for one in BLOCKS if one.page == page), page
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for match in LINK.finditer(page.read_text()):
+            target = match["target"].partition("#")[0]
+            if target and "://" not in target:
+                assert (page.parent / target).exists(), f"{page.relative_to(ROOT)}: {target}"
+
+
+def test_every_question_is_about_a_real_message() -> None:
+    """Headings are what the program says; `...` stands for what differs each time."""
+    source = "\n".join(path.read_text() for path in sorted((ROOT / "simclr_ray").rglob("*.py")))
+    headings = re.findall(r"^### (.+)$", (ROOT / "docs" / "faq.md").read_text(), flags=re.MULTILINE)
+    assert len(headings) > 10
+    for heading in headings:
+        pattern = ".*".join(map(re.escape, heading.split(" ... ")))
+        assert re.search(pattern, source), heading
+
+
+def test_the_reference_is_what_the_code_says() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "docs" / "make_reference.py"), "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_exit_codes_are_the_readmes() -> None:
+    tables = []
+    for page in ("README.md", "docs/operating.md"):
+        found = re.search(
+            r"^\| (?:exit )?code \| meaning \|.*?\n\n", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL
+        )
+        assert found, page
+        tables.append(re.findall(r"^\| (\d+) \| ([^|]+) \|", found[0], flags=re.MULTILINE))
+    assert tables[0] == tables[1]
+    assert len(tables[0]) == 8
+
+
+@pytest.mark.slow
+def test_the_site_builds_strictly_and_asks_nobody(tmp_path: Path) -> None:
+    pytest.importorskip("material", reason="no mkdocs-material: pip install simclr-ray[docs]")
+    site = tmp_path / "site"
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    pages = sorted(site.rglob("*.html"))
+    nav = yaml.load((ROOT / "mkdocs.yml").read_text(), Loader=yaml.BaseLoader)["nav"]
+    assert len(re.findall(r"\.md", json.dumps(nav))) == len(list((ROOT / "docs").rglob("*.md")))
+    assert len(pages) >= 14
+    for page in pages:
+        asked = re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?://[^"]+)"', page.read_text())
+        assert not asked, (page, asked)
