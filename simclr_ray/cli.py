@@ -129,6 +129,39 @@ def _check(options: argparse.Namespace) -> None:
     run_check(options.config, options.set, Console().say)
 
 
+def _embed(options: argparse.Namespace) -> None:
+    from simclr_ray.api import embed
+
+    _reach_stores(options)
+    console = Console()
+    report = embed(
+        options.run,
+        options.data_set,
+        options.out,
+        dtype=options.dtype,
+        precision=options.precision,
+        step=options.step,
+        rows_per_file=options.rows_per_file,
+        actors=_fewest_and_most(options.actors),
+        use_gpu=options.gpu,
+        cpus_per_actor=options.cpus_per_actor,
+        address=options.address,
+        say=console.say,
+    )
+    console.say(f"embedded {report.rows:,} images as vectors of {report.width}: {report.folder}")
+    _say_rejected(console, report.rejected, report.folder)
+
+
+def _fewest_and_most(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    fewest, _, most = text.partition(":")
+    try:
+        return int(fewest), int(most or fewest)
+    except ValueError:
+        raise ConfigError("not a number of actors", where="--actors", got=text, expected="N, or FEWEST:MOST") from None
+
+
 def _fetch_data(options: argparse.Namespace) -> None:
     from simclr_ray.data.fetch import fetch_data
 
@@ -171,6 +204,22 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("run", help="run folder, local or s3://")
     _overrides(verb, "evaluate.knn_k=200")
     verb.add_argument("--no-pictures", action="store_true", help="only numbers")
+
+    verb = _verb(verbs, "embed", _embed, "turn every image of a data set into a vector, in Parquet files")
+    verb.add_argument("run", help="run folder of the encoder, local or s3://")
+    verb.add_argument("data_set", help="folder of a packed or indexed data set")
+    verb.add_argument("out", help="empty or absent folder, or one in which the same work was begun")
+    verb.add_argument(
+        "--dtype", choices=("float16", "float32"), default="float16", help="of the vectors (default: %(default)s)"
+    )
+    verb.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the encoder's arithmetic")
+    verb.add_argument("--step", type=int, help="checkpoint of the run (default: the newest)")
+    verb.add_argument("--rows-per-file", type=int, help="images of a file (default: about 4096)")
+    verb.add_argument("--actors", metavar="FEWEST:MOST", help="default: as many as the cluster has room for")
+    verb.add_argument("--gpu", action=argparse.BooleanOptionalAction, help="a GPU an actor (default: where there are)")
+    verb.add_argument("--cpus-per-actor", type=int, default=1, help="its threads (default: %(default)s)")
+    verb.add_argument("--address", help="of a running Ray cluster")
+    _overrides(verb, "storage.endpoint=http://127.0.0.1:9000")
 
     verb = _verb(verbs, "pack", _pack, "pack images of any source into shards and a manifest")
     _source(verb)
