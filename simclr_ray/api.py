@@ -20,11 +20,15 @@ from simclr_ray.evaluate.preview import preview
 from simclr_ray.publish.embed import EmbedOptions, EmbedReport
 from simclr_ray.publish.embed import embed as _embed
 from simclr_ray.publish.embed_part import Precision
+from simclr_ray.publish.neighbours import Neighbour, neighbours
 from simclr_ray.publish.parts import Dtype
 from simclr_ray.train.cluster import connected
 from simclr_ray.train.pretrain import RunResult, pretrain
 
-__all__ = ["RunResult", "embed", "evaluate", "fetch_data", "index", "load_encoder", "pack", "pretrain", "preview"]
+__all__ = [
+    "EmbedReport", "Neighbour", "RunResult", "embed", "evaluate", "fetch_data", "index", "load_encoder", "neighbours",
+    "pack", "pretrain", "preview",
+]  # fmt: skip
 
 
 def pack(

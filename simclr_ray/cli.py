@@ -162,6 +162,15 @@ def _fewest_and_most(text: str | None) -> tuple[int, int] | None:
         raise ConfigError("not a number of actors", where="--actors", got=text, expected="N, or FEWEST:MOST") from None
 
 
+def _neighbours(options: argparse.Namespace) -> None:
+    from simclr_ray.api import neighbours
+
+    _reach_stores(options)
+    for one in neighbours(options.folder, image=options.image, sample_id=options.id, k=options.k, run=options.run):
+        label = "" if one.label is None else f"  label {one.label}"
+        Console().say(f"{one.similarity:.4f}  id {one.sample_id}{label}  {one.uri}")
+
+
 def _fetch_data(options: argparse.Namespace) -> None:
     from simclr_ray.data.fetch import fetch_data
 
@@ -219,6 +228,15 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--gpu", action=argparse.BooleanOptionalAction, help="a GPU an actor (default: where there are)")
     verb.add_argument("--cpus-per-actor", type=int, default=1, help="its threads (default: %(default)s)")
     verb.add_argument("--address", help="of a running Ray cluster")
+    _overrides(verb, "storage.endpoint=http://127.0.0.1:9000")
+
+    verb = _verb(verbs, "neighbours", _neighbours, "list the images of an embedding that are most similar to one")
+    verb.add_argument("folder", help="what `embed` wrote")
+    query = verb.add_mutually_exclusive_group(required=True)
+    query.add_argument("--image", help="image file to look for")
+    query.add_argument("--id", type=int, help="sample id of an image of the embedding")
+    verb.add_argument("-k", type=int, default=10, help="how many (default: %(default)s)")
+    verb.add_argument("--run", help="run folder of the encoder, if it was moved")
     _overrides(verb, "storage.endpoint=http://127.0.0.1:9000")
 
     verb = _verb(verbs, "pack", _pack, "pack images of any source into shards and a manifest")

@@ -150,11 +150,6 @@ def embed(
     return _report_of(out, numbers, kept=len(found), seconds=seconds)
 
 
-def is_complete(folder: str) -> bool:
-    """Whether an embedding in this folder was finished."""
-    return storage.exists(storage.join(folder, MANIFEST_NAME))
-
-
 def read_embedding(folder: str) -> dict[str, Any]:
     """`manifest.json` of a finished embedding.
 

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from simclr_ray import storage
-from simclr_ray.data.footer import SEAL_BYTES, is_damaged, seal
+from simclr_ray.data.footer import SEAL_BYTES, is_damaged, is_sealed, seal
 from simclr_ray.data.manifest import Manifest
 from simclr_ray.data.plan import Piece
 from simclr_ray.data.read import RowRange, resolve
@@ -164,7 +164,8 @@ def look_at_part(uri: str) -> FoundPart | None:
     except (FileNotFoundError, storage.OutOfRangeError):
         return None
     footer = tail[-footer_bytes:]
-    if is_damaged(tail[-wanted:-footer_bytes], footer):
+    before = tail[-wanted:-footer_bytes]
+    if not is_sealed(before) or is_damaged(before, footer):
         return None
     try:
         # A Parquet file of a footer alone: enough for its metadata, and nothing else is looked at.
