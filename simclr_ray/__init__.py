@@ -1,9 +1,9 @@
 """SimCLR on Ray: self-supervised image encoders from a bucket of unlabeled images.
 
 The verbs of the command line are functions here, with the same names: `pretrain`, `evaluate`, `pack`, `index`,
-`fetch_data`, `preview`, `embed`, `neighbours`, and `load_encoder` for what a run learned. `nt_xent` is the loss alone
-and `two_views` the views alone, for any torch program. They are imported on first use, so that importing the package
-stays cheap and these two need no Ray.
+`fetch_data`, `preview`, `embed`, `neighbours`, `export`, `import_weights`, and `load_encoder` for what a run learned.
+`nt_xent` is the loss alone and `two_views` the views alone, for any torch program. They are imported on first use, so
+that importing the package stays cheap and these two need no Ray.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
         RunResult,
         embed,
         evaluate,
+        export,
         fetch_data,
+        import_weights,
         index,
         load_encoder,
         neighbours,
@@ -34,9 +36,11 @@ _HOMES = {
     "pretrain": "simclr_ray.api",
     "embed": "simclr_ray.api",
     "evaluate": "simclr_ray.api",
+    "export": "simclr_ray.api",
     "load_encoder": "simclr_ray.api",
     "pack": "simclr_ray.api",
     "fetch_data": "simclr_ray.api",
+    "import_weights": "simclr_ray.api",
     "index": "simclr_ray.api",
     "RunResult": "simclr_ray.api",
     "load_config": "simclr_ray.configure",
@@ -51,7 +55,9 @@ __all__ = [
     "__version__",
     "embed",
     "evaluate",
+    "export",
     "fetch_data",
+    "import_weights",
     "index",
     "load_config",
     "load_encoder",

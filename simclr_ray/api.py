@@ -20,14 +20,16 @@ from simclr_ray.evaluate.preview import preview
 from simclr_ray.publish.embed import EmbedOptions, EmbedReport
 from simclr_ray.publish.embed import embed as _embed
 from simclr_ray.publish.embed_part import Precision
+from simclr_ray.publish.export import export
+from simclr_ray.publish.import_weights import ImportReport, import_weights
 from simclr_ray.publish.neighbours import Neighbour, neighbours
 from simclr_ray.publish.parts import Dtype
 from simclr_ray.train.cluster import connected
 from simclr_ray.train.pretrain import RunResult, pretrain
 
 __all__ = [
-    "EmbedReport", "Neighbour", "RunResult", "embed", "evaluate", "fetch_data", "index", "load_encoder", "neighbours",
-    "pack", "pretrain", "preview",
+    "EmbedReport", "ImportReport", "Neighbour", "RunResult", "embed", "evaluate", "export", "fetch_data",
+    "import_weights", "index", "load_encoder", "neighbours", "pack", "pretrain", "preview",
 ]  # fmt: skip
 
 

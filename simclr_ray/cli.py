@@ -171,6 +171,32 @@ def _neighbours(options: argparse.Namespace) -> None:
         Console().say(f"{one.similarity:.4f}  id {one.sample_id}{label}  {one.uri}")
 
 
+def _export(options: argparse.Namespace) -> None:
+    from simclr_ray.api import export
+
+    _reach_stores(options)
+    report = export(
+        options.run, options.folder, format=options.format, step=options.step, projector=options.projector,
+        licence=options.licence,
+    )  # fmt: skip
+    Console().say(f"exported {', '.join(report.files)}: {report.folder}")
+    Console().say(f"outputs differ from the run's by {report.difference:.1e} of the largest at most")
+
+
+def _import(options: argparse.Namespace) -> None:
+    from simclr_ray.api import import_weights
+
+    _reach_stores(options)
+    report = import_weights(
+        options.file, options.run, layout=options.layout, size=options.size, flavour=options.flavour,
+        max_pool=options.max_pool,
+    )  # fmt: skip
+    what = "with its projector" if report.projector else "without a projector"
+    Console().say(f"imported {report.encoder}, {what}: {report.folder}")
+    if report.left_out:
+        Console().say(f"left out {len(report.left_out)} tensors, such as {report.left_out[0]}")
+
+
 def _fetch_data(options: argparse.Namespace) -> None:
     from simclr_ray.data.fetch import fetch_data
 
@@ -237,6 +263,30 @@ def _parser() -> argparse.ArgumentParser:
     query.add_argument("--id", type=int, help="sample id of an image of the embedding")
     verb.add_argument("-k", type=int, default=10, help="how many (default: %(default)s)")
     verb.add_argument("--run", help="run folder of the encoder, if it was moved")
+    _overrides(verb, "storage.endpoint=http://127.0.0.1:9000")
+
+    verb = _verb(verbs, "export", _export, "write the encoder for torchvision, timm, ONNX or safetensors, with a card")
+    verb.add_argument("run", help="run folder, local or s3://")
+    verb.add_argument("folder", help="empty or absent folder")
+    verb.add_argument(
+        "--format", choices=("safetensors", "torchvision", "timm", "onnx"), default="safetensors",
+        help="`small` and widths 2 and 4 exist as safetensors and onnx alone (default: %(default)s)",
+    )  # fmt: skip
+    verb.add_argument("--step", type=int, help="checkpoint of the run (default: the newest)")
+    verb.add_argument("--projector", action="store_true", help="also the projector (safetensors, onnx)")
+    verb.add_argument("--licence", "--license", default="unknown", help="of the weights, an SPDX identifier")
+    _overrides(verb, "storage.endpoint=http://127.0.0.1:9000")
+
+    verb = _verb(verbs, "import", _import, "make a run folder of public SimCLR weights, to evaluate, embed and export")
+    verb.add_argument("file", help="pytorch: file of torch.save or safetensors; tf2: a checkpoint's .index, or an .npz")
+    verb.add_argument("run", help="empty or absent run folder")
+    verb.add_argument("--layout", choices=("pytorch", "tf2"), required=True, help="whose names the file has")
+    verb.add_argument("--size", type=int, help="side of the images in pixels (default: 224, or 32 for a small stem)")
+    verb.add_argument("--flavour", choices=("torchvision", "paper"), help="how images are prepared (default: layout's)")
+    verb.add_argument(
+        "--max-pool", choices=("torch", "tensorflow"),
+        help="whose padding it was trained with; tensorflow for weights converted from Google's (default: layout's)",
+    )  # fmt: skip
     _overrides(verb, "storage.endpoint=http://127.0.0.1:9000")
 
     verb = _verb(verbs, "pack", _pack, "pack images of any source into shards and a manifest")
