@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from simclr_ray.config import ClusterConfig
 from simclr_ray.data.decode import Limits
 from simclr_ray.data.dedupe import Deduplicate
@@ -15,11 +17,21 @@ from simclr_ray.data.sources import Labels, SourceKind
 from simclr_ray.evaluate.encode import load_encoder
 from simclr_ray.evaluate.evaluate import evaluate
 from simclr_ray.evaluate.preview import preview
+from simclr_ray.publish.embed import EmbedOptions, EmbedReport
+from simclr_ray.publish.embed import embed as _embed
+from simclr_ray.publish.embed_part import Precision
+from simclr_ray.publish.export import export
+from simclr_ray.publish.import_weights import ImportReport, import_weights
+from simclr_ray.publish.neighbours import Neighbour, neighbours
+from simclr_ray.publish.parts import Dtype
 from simclr_ray.publish.report import report
 from simclr_ray.train.cluster import connected
 from simclr_ray.train.pretrain import RunResult, pretrain
 
-__all__ = ["RunResult", "evaluate", "fetch_data", "index", "load_encoder", "pack", "pretrain", "preview", "report"]
+__all__ = [
+    "EmbedReport", "ImportReport", "Neighbour", "RunResult", "embed", "evaluate", "export", "fetch_data",
+    "import_weights", "index", "load_encoder", "neighbours", "pack", "pretrain", "preview", "report",
+]  # fmt: skip
 
 
 def pack(
@@ -105,3 +117,43 @@ def index(
     """
     options = IndexOptions(kind, column, labels, label_column, seed)
     return _index(source, destination, options, ray_ready=lambda: connected(ClusterConfig(address=address)))
+
+
+def embed(
+    run: str,
+    data_set: str,
+    out: str,
+    *,
+    dtype: Dtype = "float16",
+    precision: Precision = "fp32",
+    step: int | None = None,
+    rows_per_file: int | None = None,
+    actors: tuple[int, int] | None = None,
+    use_gpu: bool | None = None,
+    cpus_per_actor: int = 1,
+    address: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> EmbedReport:
+    """Embed every image of a data set; see `simclr_ray.publish.embed.embed`. Starts Ray where none runs.
+
+    Args:
+        run: The run folder of the encoder.
+        data_set: Folder of a packed or indexed data set.
+        out: Empty or absent folder, or one in which the same work was begun.
+        dtype: Of the stored vectors.
+        precision: Of the encoder while it computes.
+        step: Checkpoint; None takes the newest.
+        rows_per_file: Images of a file; None: about 4096.
+        actors: Fewest and most of them; None: what the cluster has room for.
+        use_gpu: A GPU for each actor; None: where the cluster has one.
+        cpus_per_actor: Threads of an actor.
+        address: Of a running Ray cluster; None uses RAY_ADDRESS or starts a local one.
+        say: Told how it goes.
+
+    Raises:
+        ConfigError: no run here, or the folder holds another work.
+        DataError: the data set is missing or changed.
+        StorageError: the run has no valid checkpoint, or a store fails.
+    """
+    options = EmbedOptions(dtype, precision, step, rows_per_file, actors, use_gpu, cpus_per_actor)
+    return _embed(run, data_set, out, options, address=address, say=say)

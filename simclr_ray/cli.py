@@ -153,6 +153,74 @@ def _env(options: argparse.Namespace) -> None:
     Console().block(environment_block())
 
 
+def _embed(options: argparse.Namespace) -> None:
+    from simclr_ray.api import embed
+
+    _reach_stores(options)
+    console = Console()
+    report = embed(
+        options.run,
+        options.data_set,
+        options.out,
+        dtype=options.dtype,
+        precision=options.precision,
+        step=options.step,
+        rows_per_file=options.rows_per_file,
+        actors=_fewest_and_most(options.actors),
+        use_gpu=options.gpu,
+        cpus_per_actor=options.cpus_per_actor,
+        address=options.address,
+        say=console.say,
+    )
+    console.say(f"embedded {report.rows:,} images as vectors of {report.width}: {report.folder}")
+    _say_rejected(console, report.rejected, report.folder)
+
+
+def _fewest_and_most(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    fewest, _, most = text.partition(":")
+    try:
+        return int(fewest), int(most or fewest)
+    except ValueError:
+        raise ConfigError("not a number of actors", where="--actors", got=text, expected="N, or FEWEST:MOST") from None
+
+
+def _neighbours(options: argparse.Namespace) -> None:
+    from simclr_ray.api import neighbours
+
+    _reach_stores(options)
+    for one in neighbours(options.folder, image=options.image, sample_id=options.id, k=options.k, run=options.run):
+        label = "" if one.label is None else f"  label {one.label}"
+        Console().say(f"{one.similarity:.4f}  id {one.sample_id}{label}  {one.uri}")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from simclr_ray.api import export
+
+    _reach_stores(options)
+    report = export(
+        options.run, options.folder, format=options.format, step=options.step, projector=options.projector,
+        licence=options.licence,
+    )  # fmt: skip
+    Console().say(f"exported {', '.join(report.files)}: {report.folder}")
+    Console().say(f"outputs differ from the run's by {report.difference:.1e} of the largest at most")
+
+
+def _import(options: argparse.Namespace) -> None:
+    from simclr_ray.api import import_weights
+
+    _reach_stores(options)
+    report = import_weights(
+        options.file, options.run, layout=options.layout, size=options.size, flavour=options.flavour,
+        max_pool=options.max_pool,
+    )  # fmt: skip
+    what = "with its projector" if report.projector else "without a projector"
+    Console().say(f"imported {report.encoder}, {what}: {report.folder}")
+    if report.left_out:
+        Console().say(f"left out {len(report.left_out)} tensors, such as {report.left_out[0]}")
+
+
 def _fetch_data(options: argparse.Namespace) -> None:
     from simclr_ray.data.fetch import fetch_data
 
@@ -195,6 +263,55 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("run", help="run folder, local or s3://")
     _overrides(verb, "evaluate.knn_k=200")
     verb.add_argument("--no-pictures", action="store_true", help="only numbers")
+
+    verb = _verb(verbs, "embed", _embed, "turn every image of a data set into a vector, in Parquet files")
+    verb.add_argument("run", help="run folder of the encoder, local or s3://")
+    verb.add_argument("data_set", help="folder of a packed or indexed data set")
+    verb.add_argument("out", help="empty or absent folder, or one in which the same work was begun")
+    verb.add_argument(
+        "--dtype", choices=("float16", "float32"), default="float16", help="of the vectors (default: %(default)s)"
+    )
+    verb.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the encoder's arithmetic")
+    verb.add_argument("--step", type=int, help="checkpoint of the run (default: the newest)")
+    verb.add_argument("--rows-per-file", type=int, help="images of a file (default: about 4096)")
+    verb.add_argument("--actors", metavar="FEWEST:MOST", help="default: as many as the cluster has room for")
+    verb.add_argument("--gpu", action=argparse.BooleanOptionalAction, help="a GPU an actor (default: where there are)")
+    verb.add_argument("--cpus-per-actor", type=int, default=1, help="its threads (default: %(default)s)")
+    verb.add_argument("--address", help="of a running Ray cluster")
+    _overrides(verb, "storage.endpoint=http://127.0.0.1:9000")
+
+    verb = _verb(verbs, "neighbours", _neighbours, "list the images of an embedding that are most similar to one")
+    verb.add_argument("folder", help="what `embed` wrote")
+    query = verb.add_mutually_exclusive_group(required=True)
+    query.add_argument("--image", help="image file to look for")
+    query.add_argument("--id", type=int, help="sample id of an image of the embedding")
+    verb.add_argument("-k", type=int, default=10, help="how many (default: %(default)s)")
+    verb.add_argument("--run", help="run folder of the encoder, if it was moved")
+    _overrides(verb, "storage.endpoint=http://127.0.0.1:9000")
+
+    verb = _verb(verbs, "export", _export, "write the encoder for torchvision, timm, ONNX or safetensors, with a card")
+    verb.add_argument("run", help="run folder, local or s3://")
+    verb.add_argument("folder", help="empty or absent folder")
+    verb.add_argument(
+        "--format", choices=("safetensors", "torchvision", "timm", "onnx"), default="safetensors",
+        help="`small` and widths 2 and 4 exist as safetensors and onnx alone (default: %(default)s)",
+    )  # fmt: skip
+    verb.add_argument("--step", type=int, help="checkpoint of the run (default: the newest)")
+    verb.add_argument("--projector", action="store_true", help="also the projector (safetensors, onnx)")
+    verb.add_argument("--licence", "--license", default="unknown", help="of the weights, an SPDX identifier")
+    _overrides(verb, "storage.endpoint=http://127.0.0.1:9000")
+
+    verb = _verb(verbs, "import", _import, "make a run folder of public SimCLR weights, to evaluate, embed and export")
+    verb.add_argument("file", help="pytorch: file of torch.save or safetensors; tf2: a checkpoint's .index, or an .npz")
+    verb.add_argument("run", help="empty or absent run folder")
+    verb.add_argument("--layout", choices=("pytorch", "tf2"), required=True, help="whose names the file has")
+    verb.add_argument("--size", type=int, help="side of the images in pixels (default: 224, or 32 for a small stem)")
+    verb.add_argument("--flavour", choices=("torchvision", "paper"), help="how images are prepared (default: layout's)")
+    verb.add_argument(
+        "--max-pool", choices=("torch", "tensorflow"),
+        help="whose padding it was trained with; tensorflow for weights converted from Google's (default: layout's)",
+    )  # fmt: skip
+    _overrides(verb, "storage.endpoint=http://127.0.0.1:9000")
 
     verb = _verb(verbs, "pack", _pack, "pack images of any source into shards and a manifest")
     _source(verb)

@@ -119,8 +119,9 @@ class ModelConfig(Section):
     """`small` has 0.3 M parameters and trains on a CPU in minutes."""
     width: Literal[1, 2, 4] = 1
     """Multiplies every channel count, stem included: SimCLR's 1x, 2x, 4x."""
-    stem: Literal["imagenet", "cifar"] = "imagenet"
-    """`cifar`: 3x3 convolution of stride 1 and no max pooling, for images of 32 px."""
+    stem: Literal["imagenet", "cifar", "imagenet-same"] = "imagenet"
+    """`cifar`: 3x3 convolution of stride 1 and no max pooling, for images of 32 px. `imagenet-same`: max pooling pads
+    as TensorFlow's SAME does, below and right alone for even sizes: for weights of Google's code."""
     zero_init_last: bool = True
     """Start each residual block as the identity (last batch-norm gamma at zero)."""
     projector_layers: Annotated[int, Ge(1), Le(4)] = 2

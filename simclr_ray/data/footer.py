@@ -21,6 +21,11 @@ def seal(data: bytes) -> bytes:
     return b"".join((data[:start], _MARK, _crc32(footer), footer))
 
 
+def is_sealed(before: bytes) -> bool:
+    """Whether the `SEAL_BYTES` bytes before a footer are a checksum, as in every file that this project writes."""
+    return before.startswith(_MARK)
+
+
 def is_damaged(before: bytes, footer: bytes) -> bool:
     """Whether a footer does not fit its checksum.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ from simclr_ray.data.read import RowRange, read_range, resolve
 from simclr_ray.data.units import BYTES_AHEAD, read_ahead
 from simclr_ray.errors import DataError, StorageError
 from simclr_ray.model.batch_norm import calibrating
+from simclr_ray.model.encoder import Encoder
 from simclr_ray.model.simclr import SimCLR
 from simclr_ray.train import checkpoint as ckpt
 from simclr_ray.train.build import build_model
@@ -43,6 +45,11 @@ class TrainedEncoder:
     """Size and normalisation of its input."""
     step: int
     """Optimizer steps it was trained for."""
+
+    @property
+    def width(self) -> int:
+        """Length D of an embedding."""
+        return cast(Encoder, self.model.encoder).embedding_dim
 
     def embed(self, images: Sequence[Image]) -> Tensor:
         """Embeddings h of decoded images.

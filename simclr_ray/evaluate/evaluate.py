@@ -187,12 +187,13 @@ def _draw(
         place = Path(scratch)
         try:
             (place / "metrics.jsonl").write_bytes(storage.read_bytes(folder.metrics))
+            curves(read_jsonl(place / "metrics.jsonl"), place / "curve.png")
         except FileNotFoundError:
-            raise DataError(
-                "the metrics of the training are gone, so its curve cannot be drawn", where=folder.metrics,
-                fix="restore the file, or add --no-pictures",
-            ) from None  # fmt: skip
-        curves(read_jsonl(place / "metrics.jsonl"), place / "curve.png")
+            if trained.step:  # imported weights, of step 0, were trained elsewhere
+                raise DataError(
+                    "the metrics of the training are gone, so its curve cannot be drawn", where=folder.metrics,
+                    fix="restore the file, or add --no-pictures",
+                ) from None  # fmt: skip
         views_sheet(list(test.views[:NUM_SHOWN]), test.pairs[:NUM_SHOWN], place / "views.png")
         comparison_bars(rows, place / "probes.png")
         similarity, found = _neighbours(trained, train, test)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 EncoderName = Literal["small", "resnet18", "resnet50"]
 Width = Literal[1, 2, 4]
-Stem = Literal["imagenet", "cifar"]
+Stem = Literal["imagenet", "cifar", "imagenet-same"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,8 @@ def make_encoder(
         name: "resnet18" and "resnet50", or "small": three stages of one block, for a CPU and images of about 32 pixels.
         width: Multiplies every channel count.
         stem: "imagenet": 7x7 convolution with stride 2, then max pooling ("small": 3x3 with stride 2, no pooling).
-            "cifar": 3x3 convolution with stride 1, no pooling (SimCLR, appendix B.9).
+            "cifar": 3x3 convolution with stride 1, no pooling (SimCLR, appendix B.9). "imagenet-same": max pooling
+            that pads as TensorFlow does.
         zero_init_last: Start each residual branch at zero, by the last batch norm's gamma (google-research/simclr,
             tf2/resnet.py, init_zero).
     """
@@ -78,6 +79,8 @@ class Encoder(ResNet):  # type: ignore[misc]  # timm ships no types
         self.conv1 = _stem_convolution(architecture, stem_channels, stem)
         if stem == "cifar" or not architecture.imagenet_pool:
             self.maxpool = nn.Identity()
+        elif stem == "imagenet-same":
+            self.maxpool = SamePool()
         if len(architecture.channels) == 3:
             self.layer4 = nn.Identity()  # timm's forward names four stages
         self.embedding_dim = self.num_features
@@ -93,6 +96,21 @@ class Encoder(ResNet):  # type: ignore[misc]  # timm ships no types
                 _initialise(module)
             elif isinstance(module, (BasicBlock, Bottleneck)) and zero_init_last:
                 module.zero_init_last()
+
+
+class SamePool(nn.Module):
+    """Max pooling of 3x3 with stride 2 and TensorFlow's padding "SAME", as google-research/simclr has it.
+
+    It pads so that ceil(n / 2) outputs come of n: for even n one row below and one column right, and none above and
+    left, where torch's padding of 1 pads all four sides and so looks at other windows.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, C, H, W) -> (n, C, ceil(H / 2), ceil(W / 2))."""
+        height, width = x.shape[-2:]
+        top, left = height % 2, width % 2
+        padded = nn.functional.pad(x, (left, 1, top, 1), value=-math.inf)
+        return nn.functional.max_pool2d(padded, 3, 2)
 
 
 def _stem_convolution(architecture: _Architecture, channels: int, stem: Stem) -> nn.Conv2d:

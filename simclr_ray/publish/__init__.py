@@ -1,1 +1,1 @@
-"""What a run gives away: reports, lists of runs, and the block for bug reports."""
+"""What goes out of a run: embeddings, exports, reports, lists of runs; and weights of others come in."""
