@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from simclr_ray import storage
 from simclr_ray.config import ClusterConfig
 from simclr_ray.errors import ClusterError
+from simclr_ray.version import __version__
 from simclr_ray.views.make import Maker
 from simclr_ray.views.stage import Where
 
@@ -51,7 +52,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
     running one they go as the job's `env_vars`. Credentials do not travel; each node has its own.
 
     Raises:
-        ClusterError: a given address does not answer.
+        ClusterError: a given address does not answer, or refuses the token.
     """
     if ray.is_initialized():
         _say_what_stays_behind()
@@ -70,6 +71,11 @@ def connected(config: ClusterConfig) -> Iterator[None]:
             # "local": without it, Ray would join any cluster that somebody has started on this machine.
             ray.init(address="local", num_cpus=local_cpus(config), include_dashboard=False, **calm)
     except (ConnectionError, ValueError, ray.exceptions.RayError) as error:
+        if _token_refused(error):
+            raise ClusterError(
+                "token refused: none, or a wrong one", where=f"cluster.address={address}",
+                fix="set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE with the cluster's token",
+            ) from None  # fmt: skip
         raise ClusterError(
             f"no Ray cluster answers: {error}",
             where=f"cluster.address={address}",
@@ -94,6 +100,13 @@ def _say_what_stays_behind() -> None:
             "storage.current())}, or set %s where its nodes start",
             ", ".join(missing),
         )
+
+
+def _token_refused(error: BaseException | None) -> bool:
+    """Ray says so only in the cause of its `ConnectionError`."""
+    while error is not None and not isinstance(error, ray.exceptions.AuthenticationError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _probe(address: str) -> None:
@@ -136,9 +149,10 @@ class _ToLog(io.TextIOBase):
 
 def versions() -> dict[str, str]:
     """Of what must agree on all nodes: other versions may compute, order or serialise otherwise."""
-    packages = ("simclr_ray", "ray", "torch", "torchvision", "numpy", "pyarrow", "pillow")
+    packages = ("ray", "torch", "torchvision", "numpy", "pyarrow", "pillow")
     found = {name: importlib.metadata.version(name) for name in packages}
-    return {"python": ".".join(map(str, sys.version_info[:2]))} | found
+    # Of this package the code's own word: a job may have brought its source, which is not installed.
+    return {"python": ".".join(map(str, sys.version_info[:2])), "simclr_ray": __version__} | found
 
 
 def differences(mine: Mapping[str, str], theirs: Mapping[str, Mapping[str, str]]) -> list[str]:

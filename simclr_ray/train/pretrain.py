@@ -13,7 +13,7 @@ import ray.train.torch
 
 from simclr_ray import storage
 from simclr_ray.config import Config
-from simclr_ray.configure import ConfigSource, load_config, use_storage
+from simclr_ray.configure import ConfigSource, load_config, require_places, use_storage
 from simclr_ray.data.cursor import SegmentCursor
 from simclr_ray.data.manifest import Manifest, read_manifest
 from simclr_ray.data.stream import (
@@ -22,7 +22,7 @@ from simclr_ray.data.stream import (
     execution_options,
     unit_stream,
 )
-from simclr_ray.errors import ClusterError, ConfigError, SimclrError, root_cause
+from simclr_ray.errors import ClusterError, SimclrError, root_cause
 from simclr_ray.observe.console import Console
 from simclr_ray.train import checkpoint as ckpt
 from simclr_ray.train.cluster import (
@@ -84,7 +84,7 @@ def pretrain(config: ConfigSource = None, overrides: Sequence[str] = (), *, fres
         NumericsError: the loss or a gradient is not finite.
     """
     settings = load_config(config, overrides)
-    _require(settings)
+    require_places(settings)
     use_storage(settings)
     manifest = read_manifest(storage.normalise(str(settings.data.train)))
     derived = derive(settings, manifest)
@@ -127,14 +127,6 @@ def _pretrain(settings: Config, manifest: Manifest, derived: Derived, console: C
         note_views(run, maker=maker(), where=where, say=console.say)
         setup = _Setup(settings, manifest, derived, run, console, lock, workers, use_gpu, where)
         return _run(setup)
-
-
-def _require(config: Config) -> None:
-    missing = [
-        name for name, value in (("run.folder", config.run.folder), ("data.train", config.data.train)) if not value
-    ]
-    if missing:
-        raise ConfigError(f"{' and '.join(missing)} must be set", fix=f"add --set {missing[0]}=FOLDER")
 
 
 @dataclass(frozen=True)
