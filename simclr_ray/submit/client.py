@@ -98,7 +98,7 @@ def refuse_open(address: str, *, allow: bool, say: Callable[[str], None]) -> Non
     """
     if knock(address) == "guarded" or on_this_machine(address):
         return
-    exposure = f"the dashboard at {address} asks for no token: whoever reaches it can run any program on the cluster"
+    exposure = f"the dashboard at {address} asks for no token, so whoever reaches it can run any program on the cluster"
     if not allow:
         raise ClusterError(
             exposure, fix="start the cluster with RAY_AUTH_MODE=token, or send it all the same with "

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import simclr_ray
 from simclr_ray.configure import ConfigSource
 from simclr_ray.errors import ConfigError
 from simclr_ray.submit import follow as following
@@ -97,7 +96,7 @@ def submit(
                 submission_id=name,
                 runtime_env=orders.runtime_env(
                     folder, None if any_versions else _versions(), stop_wait_s=stop_wait_s,
-                    package=Path(simclr_ray.__file__).parent if environment == "source" else None,
+                    package=Path(__file__).parents[1] if environment == "source" else None,
                 ),
                 metadata={"verb": order.verb, "run": order.run, "simclr_ray": __version__},
             )

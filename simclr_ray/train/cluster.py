@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from simclr_ray import storage
 from simclr_ray.config import ClusterConfig
 from simclr_ray.errors import ClusterError
+from simclr_ray.train.planes import Planes, refuse_empty_planes, whole
 from simclr_ray.version import __version__
 from simclr_ray.views.make import Maker
 from simclr_ray.views.stage import Where
@@ -210,7 +211,7 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def resolve_workers(config: ClusterConfig, resources: dict[str, float]) -> tuple[int, bool]:
+def resolve_workers(config: ClusterConfig, cluster: Planes | dict[str, float]) -> tuple[int, bool]:
     """Number of workers and whether each has a GPU, from the config and what the cluster has.
 
     A running cluster that was asked for a stated number of workers is taken at its word, for it may grow.
@@ -218,21 +219,25 @@ def resolve_workers(config: ClusterConfig, resources: dict[str, float]) -> tuple
     Raises:
         ClusterError: the workers would leave the stream no CPU.
     """
-    gpus = int(resources.get("GPU", 0))
+    planes = cluster if isinstance(cluster, Planes) else whole(cluster)
+    gpus = int(planes.train.get("GPU", 0))
     use_gpu = config.use_gpu if config.use_gpu is not None else gpus > 0
     workers = config.workers or (max(1, gpus) if use_gpu else 1)
-    cpus = resources.get("CPU", 0.0)
+    cpus, to_train = planes.either.get("CPU", 0.0), planes.train.get("CPU", 0.0)
     needed = workers * config.cpus_per_worker + config.data_cpus
     may_grow = bool(config.workers) and bool(config.address or os.environ.get("RAY_ADDRESS"))
     if may_grow:
         return config.workers or 1, use_gpu  # an autoscaler may add nodes; `start_timeout_s` decides
-    if cpus < needed:
-        fitting = int((cpus - config.data_cpus) // config.cpus_per_worker)
+    refuse_empty_planes(config, planes)
+    if to_train < workers * config.cpus_per_worker or planes.cpus_left(workers * config.cpus_per_worker) < (
+        config.data_cpus
+    ):
+        fitting = int(min(to_train, cpus - config.data_cpus) // config.cpus_per_worker)
         raise ClusterError(
             f"{workers} workers of {config.cpus_per_worker:g} CPUs would leave Ray Data less than {config.data_cpus}, "
             "and the stream would never start",
             where="cluster.workers",
-            got=f"a cluster of {cpus:g} CPUs",
+            got=f"a cluster of {cpus:g} CPUs" + (f", of which {to_train:g} may train" if to_train < cpus else ""),
             expected=f"at least {needed:g}",
             fix=f"use cluster.workers={fitting}, or add CPUs" if fitting > 0 else "add CPUs",
         )
@@ -245,15 +250,16 @@ def resolve_workers(config: ClusterConfig, resources: dict[str, float]) -> tuple
 
 
 def resolve_views(
-    where: Literal["auto", "cpu", "gpu"], config: ClusterConfig, resources: dict[str, float], *,
+    where: Literal["auto", "cpu", "gpu"], config: ClusterConfig, cluster: Planes | dict[str, float], *,
     workers: int, use_gpu: bool, maker: Maker,
 ) -> tuple[Where, str]:  # fmt: skip
     """Who does the colours of the views, and why, in words; `maker` is who makes views on the machines of the stream.
 
     `gpu` is kept where no worker has one: the worker then does the colours on its CPU, the same pictures more slowly.
     """
+    planes = cluster if isinstance(cluster, Planes) else whole(cluster)
     if where == "gpu" and not use_gpu:
-        gpus = int(resources.get("GPU", 0))
+        gpus = int(planes.train.get("GPU", 0))
         return where, (
             f"as set by views.where, but the workers have no GPU, of which Ray offers {gpus}: each does the colours on "
             "its own CPUs, within its steps; views.where=cpu would do them beside"
@@ -262,7 +268,7 @@ def resolve_views(
         return where, "as set by views.where"
     if not use_gpu:
         return "cpu", "there is no GPU to do them"
-    left = max(0.0, resources.get("CPU", 0.0) - workers * config.cpus_per_worker) / workers
+    left = max(0.0, planes.cpus_left(workers * config.cpus_per_worker)) / workers
     needed = CPUS_FOR_A_GPU[maker]
     words = (
         f"the stream has {left:.1f} CPUs for each GPU; finished views by {maker} are taken to need {needed} (ResNet-50 "

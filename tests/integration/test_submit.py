@@ -6,8 +6,7 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import pytest
 from simclr_ray.data.manifest import Manifest
 from tests.conftest import ROOT
 from tests.faults.commands import committed, losses, recipe, steps_done, wait_for
-from tests.servers.ray_head import RayHead, clean_environment, has_dashboard, ray_head
+from tests.servers.ray_head import RayHead, authentication, clean_environment, has_dashboard, ray_head
 
 pytestmark = [
     pytest.mark.integration,
@@ -51,48 +50,56 @@ def call(
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
-def test_row_50_a_wrong_or_missing_token_is_code_5(head: RayHead, data_set: Manifest, tmp_path: Path) -> None:
-    file = recipe(tmp_path / "run", data_set)
-    wrong = tmp_path / "wrong"
-    wrong.write_text("f" * 32)
-    for environment, why in (
-        ({"RAY_AUTH_MODE": "disabled"}, "none was sent"),
-        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(wrong)}, "it was wrong"),
+def calls(*commands: Sequence[object], environment: Mapping[str, str]) -> list[Outcome]:
+    """Several command lines in one process of their own."""
+    given = json.dumps([[str(argument) for argument in command] for command in commands])
+    done = call(given, environment=environment, program="tests.servers.calls")
+    assert done.code == 0, done
+    return [Outcome(*outcome) for outcome in json.loads(done.out.splitlines()[-1])]
+
+
+@pytest.mark.parametrize(("token", "why"), [(None, "none was sent"), ("f" * 32, "it was wrong")])
+def test_row_50_a_wrong_or_missing_token_is_code_5(
+    head: RayHead, data_set: Manifest, tmp_path: Path, token: str | None, why: str
+) -> None:
+    file, address = recipe(tmp_path / "run", data_set), ["--address", head.dashboard]
+    for outcome in calls(
+        ["submit", "pretrain", file, *address], ["jobs", "ls", *address], environment=authentication(tmp_path, token)
     ):
-        outcome = call("submit", "pretrain", file, "--address", head.dashboard, environment=environment)
         assert outcome.code == 5, outcome
         assert f"token refused: {why}" in outcome.err
         assert "RAY_AUTH_TOKEN_PATH" in outcome.err
-        assert call("jobs", "ls", "--address", head.dashboard, environment=environment).code == 5
         assert TOKEN not in outcome.out + outcome.err
-    assert call("jobs", "ls", "--address", head.dashboard, environment=head.environment).out.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_job_that_fails_gives_its_own_exit_code_and_is_listed(
     head: RayHead, data_set: Manifest, tmp_path: Path
 ) -> None:
     file = recipe(tmp_path / "run", data_set, data__train=f"{tmp_path}/absent")
-    there = {"environment": head.environment}
-    sent = call("submit", "pretrain", file, "--address", head.dashboard, "--id", "fails", **there)
+    address = ["--address", head.dashboard]
+    submit = ["submit", "pretrain", file, *address, "--id", "fails"]
+    sent, status, listed, again, *absent = calls(
+        submit, ["jobs", "status", "fails", *address], ["jobs", "ls", *address], submit,
+        *(["jobs", action, "absent", *address] for action in ("status", "logs", "stop")),
+        environment=head.environment,
+    )  # fmt: skip
     assert sent.code == 3, sent
     assert "no data set here" in sent.out  # the job's own words, streamed
     assert "fails failed with exit code 3" in sent.out
     assert "is not on this machine" in sent.out
-    status = call("jobs", "status", "fails", "--address", head.dashboard, **there)
     assert (status.code, status.out.split()[:2]) == (0, ["FAILED", "pretrain"])
     assert "exit code 3" in status.out
-    listed = call("jobs", "ls", "--address", head.dashboard, **there)
     assert "fails" in listed.out
-    again = call("submit", "pretrain", file, "--address", head.dashboard, "--id", "fails", **there)
     assert (again.code, "exists already" in again.err) == (2, True), again
-    for action in ("status", "logs", "stop"):
-        absent = call("jobs", action, "absent", "--address", head.dashboard, **there)
-        assert (absent.code, "does not exist" in absent.err) == (5, True), absent
+    for one in absent:
+        assert (one.code, "does not exist" in one.err) == (5, True), one
 
 
+@pytest.mark.slow
 def test_versions_that_differ_from_the_submitters_are_code_5(head: RayHead, data_set: Manifest, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
-        "import sys\nif 'submit' in sys.argv:\n    import torch\n    import importlib.metadata as m\n    was = m.version\n"
+        "import sys\nif 'submit' in sys.argv:\n    import importlib.metadata as m\n    was = m.version\n"
         "    m.version = lambda name: '2.6.0' if name == 'torch' else was(name)\n"
     )
     other = dict(head.environment) | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
@@ -158,22 +165,24 @@ def test_a_cluster_without_the_package_gets_its_source(head: RayHead, data_set: 
     assert committed(tmp_path / "run") == [2]
 
 
+@pytest.mark.slow
 def test_an_open_cluster_on_another_machine_is_refused_unless_allowed(data_set: Manifest, tmp_path: Path) -> None:
     file = recipe(tmp_path / "run", data_set, data__train=f"{tmp_path}/absent")
     with ray_head(tmp_path, token=None) as head:
         # 0.0.0.0 is this machine too, but no loopback address: as good as another one to who looks at the address.
         elsewhere = head.dashboard.replace("127.0.0.1", "0.0.0.0")
-        refused = call("submit", "pretrain", file, "--address", elsewhere, environment=head.environment)
+        submit = ["submit", "pretrain", file, "--address"]
+        refused, allowed, near = calls(
+            [*submit, elsewhere],
+            [*submit, elsewhere, "--allow-unauthenticated", "--detach"],
+            [*submit, head.dashboard, "--detach"],
+            environment=head.environment,
+        )
         assert refused.code == 5, refused
-        assert "asks for no token: whoever reaches it can run any program" in refused.err
+        assert "asks for no token, so whoever reaches it can run any program" in refused.err
         assert "--allow-unauthenticated" in refused.err
-        started = time.monotonic()
-        allowed = call("submit", "pretrain", file, "--address", elsewhere, "--allow-unauthenticated", "--detach",
-                       environment=head.environment)  # fmt: skip
         assert allowed.code == 0, allowed
         assert "WARNING: the dashboard at http://0.0.0.0" in allowed.out
-        assert time.monotonic() - started < 60
-        near = call("submit", "pretrain", file, "--address", head.dashboard, "--detach", environment=head.environment)
         assert (near.code, "WARNING" in near.out) == (0, False), near
 
 

@@ -85,7 +85,7 @@ def ray_head(
         labels: Of its node.
     """
     gcs, dashboard, metrics = free_port(), free_port(), free_port()
-    auth = authentication(folder, token)
+    auth = authentication(folder, token) | {"RAY_metrics_report_interval_ms": "1000"}
     # Sockets have at most 107 characters in their path, so not below pytest's folders.
     with tempfile.TemporaryDirectory(prefix="rh", dir="/tmp", ignore_cleanup_errors=True) as session:
         command = [
