@@ -7,22 +7,18 @@ request without a token finds out whether this one does; an open one on another 
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import os
-import socket
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from simclr_ray.errors import ClusterError, ConfigError
 from simclr_ray.storage.redaction import redact
+from simclr_ray.train.dashboard import exposure, knock, on_this_machine
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-KNOCK_TIMEOUT_S = 10.0
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 """Ray's own, of the dashboard."""
 _HOW_TO_AUTHENTICATE = (
@@ -52,44 +48,6 @@ def dashboard_address(given: str | None) -> str:
     return urllib.parse.urlunsplit((url.scheme, url.netloc, url.path.rstrip("/"), "", ""))
 
 
-def on_this_machine(address: str) -> bool:
-    """Whether the host of a URL is the loopback interface, by every address that its name has."""
-    host = urllib.parse.urlsplit(address).hostname or ""
-    try:
-        found = {info[4][0] for info in socket.getaddrinfo(host, None)}
-    except OSError:
-        return False
-    return bool(found) and all(ipaddress.ip_address(str(one).partition("%")[0]).is_loopback for one in found)
-
-
-def knock(address: str) -> Literal["open", "guarded"]:
-    """Ask the jobs API without a token: whether it would do anyone's bidding.
-
-    Raises:
-        ClusterError: nobody answers.
-    """
-    request = urllib.request.Request(f"{address}/api/jobs/", headers={"Accept": "application/json"})  # noqa: S310
-    opener = urllib.request.build_opener(_StayHere)  # a login page elsewhere is a guard
-    try:
-        with opener.open(request, timeout=KNOCK_TIMEOUT_S) as answer:
-            return "open" if answer.status == 200 and "json" in answer.headers.get("Content-Type", "") else "guarded"
-    except urllib.error.HTTPError as error:
-        if error.code >= 500:
-            raise ClusterError("the dashboard is not well", where=address, got=f"HTTP {error.code}") from None
-        return "guarded"
-    except (OSError, ValueError) as error:
-        raise ClusterError(
-            f"no Ray dashboard answers: {error}", where=address,
-            fix="is it the dashboard's port (8265, not 6379), and `ray[default]` installed on the head? "
-            "On Kubernetes: kubectl port-forward service/CLUSTER-head-svc 8265",
-        ) from None  # fmt: skip
-
-
-class _StayHere(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: object) -> None:
-        return None
-
-
 def refuse_open(address: str, *, allow: bool, say: Callable[[str], None]) -> None:
     """Warn of a dashboard on another machine that asks for no token, and refuse it unless allowed.
 
@@ -98,13 +56,12 @@ def refuse_open(address: str, *, allow: bool, say: Callable[[str], None]) -> Non
     """
     if knock(address) == "guarded" or on_this_machine(address):
         return
-    exposure = f"the dashboard at {address} asks for no token, so whoever reaches it can run any program on the cluster"
     if not allow:
         raise ClusterError(
-            exposure, fix="start the cluster with RAY_AUTH_MODE=token, or send it all the same with "
+            exposure(address), fix="start the cluster with RAY_AUTH_MODE=token, or send it all the same with "
             "--allow-unauthenticated",
         )  # fmt: skip
-    say(f"WARNING: {exposure}")
+    say(f"WARNING: {exposure(address)}")
 
 
 @contextlib.contextmanager

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from simclr_ray.configure import ConfigSource
 from simclr_ray.errors import ConfigError
 from simclr_ray.submit import follow as following
 from simclr_ray.submit import order as orders
-from simclr_ray.submit.client import dashboard_address, jobs_client, on_this_machine, refuse_open
+from simclr_ray.submit.client import dashboard_address, jobs_client, refuse_open
+from simclr_ray.train.dashboard import on_this_machine
 from simclr_ray.version import __version__
 
 if TYPE_CHECKING:
     from ray.dashboard.modules.job.pydantic_models import JobDetails
+    from ray.job_submission import JobSubmissionClient
 
 Say = Callable[[str], None]
+SENDS = 3
+"""Tries of one submission."""
 
 
 @dataclass(frozen=True)
@@ -87,20 +91,35 @@ def submit(
     refuse_open(where, allow=allow_unauthenticated, say=say)
     name = job or orders.job_id(order)
     with jobs_client(where) as client, _working_folder(order) as folder:
-        taken = any(one.submission_id == name for one in client.list_jobs()) if job else False
-        if taken:
-            raise ConfigError("a job of this id exists already", where="--id", got=name, fix="choose another, or none")
-        return str(
-            client.submit_job(
-                entrypoint=order.entrypoint,
-                submission_id=name,
-                runtime_env=orders.runtime_env(
-                    folder, None if any_versions else _versions(), stop_wait_s=stop_wait_s,
-                    package=Path(__file__).parents[1] if environment == "source" else None,
-                ),
-                metadata={"verb": order.verb, "run": order.run, "simclr_ray": __version__},
-            )
+        if job and _exists(client, job):
+            raise ConfigError("a job of this id exists already", where="--id", got=job, fix="choose another, or none")
+        env = orders.runtime_env(
+            folder, None if any_versions else _versions(), stop_wait_s=stop_wait_s,
+            package=Path(__file__).parents[1] if environment == "source" else None,
         )  # fmt: skip
+        _send(client, order, name, env)
+        return name
+
+
+def _send(client: JobSubmissionClient, order: orders.JobOrder, name: str, env: Mapping[str, Any]) -> None:
+    """Submit, again where the connection broke before the answer: the id tells whether the first one came through."""
+    metadata = {"verb": order.verb, "run": order.run, "simclr_ray": __version__}
+    for left in reversed(range(SENDS)):
+        try:
+            client.submit_job(
+                entrypoint=order.entrypoint, submission_id=name, runtime_env=dict(env), metadata=metadata
+            )  # fmt: skip
+            return
+        except OSError:
+            if not left:
+                raise
+            time.sleep(following.RETRY_S)
+            if _exists(client, name):
+                return
+
+
+def _exists(client: JobSubmissionClient, name: str) -> bool:
+    return any(one.submission_id == name for one in client.list_jobs())
 
 
 def follow(job: str, *, address: str | None = None, say: Say) -> Job:

@@ -14,8 +14,8 @@ import math
 import os
 import socket
 import sys
-from collections.abc import Iterator, Mapping
-from typing import Any, Final, Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final, Literal, TypeVar
 
 import ray
 import ray.exceptions
@@ -31,6 +31,7 @@ from simclr_ray.views.make import Maker
 from simclr_ray.views.stage import Where
 
 log = logging.getLogger("simclr_ray.ray")
+T = TypeVar("T")
 
 PROBE_TIMEOUT_S = 10.0
 _VERSIONS_TIMEOUT_S = 60.0
@@ -104,10 +105,12 @@ def _say_what_stays_behind() -> None:
 
 
 def _token_refused(error: BaseException | None) -> bool:
-    """Ray says so only in the cause of its `ConnectionError`."""
-    while error is not None and not isinstance(error, ray.exceptions.AuthenticationError):
+    """Ray says so only in what its `ConnectionError` came of, as an error of its own or in another one's text."""
+    while error is not None:
+        if isinstance(error, ray.exceptions.AuthenticationError) or "InvalidAuthToken" in str(error):
+            return True
         error = error.__cause__ or error.__context__
-    return error is not None
+    return False
 
 
 def _probe(address: str) -> None:
@@ -166,22 +169,51 @@ def differences(mine: Mapping[str, str], theirs: Mapping[str, Mapping[str, str]]
     ]
 
 
+def ask_nodes(question: Callable[[], T], timeout_s: float) -> tuple[dict[str, T], list[str]]:
+    """Call a function on every living node.
+
+    Returns:
+        Answers by the node's address and the start of its id, and the nodes that gave none in time (busy starting).
+    """
+    nodes = {node["NodeID"]: f"{node['NodeManagerAddress']} ({node['NodeID'][:6]})" for node in living_nodes()}
+    ask = ray.remote(num_cpus=0)(question)
+    asked = {
+        node: ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
+        for node in nodes
+    }
+    ready, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=timeout_s)
+    answers, silent = {}, []
+    for node, answer in asked.items():
+        try:
+            if answer not in set(ready):
+                raise ray.exceptions.GetTimeoutError
+            answers[nodes[node]] = ray.get(answer)
+        except (ray.exceptions.GetTimeoutError, ray.exceptions.RaySystemError, ray.exceptions.TaskUnschedulableError):
+            silent.append(nodes[node])  # or it went meanwhile
+    return answers, silent
+
+
+def living_nodes() -> list[dict[str, Any]]:
+    """The nodes of the cluster, as Ray describes them."""
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
 def refuse_other_versions() -> None:
     """Ask every node of a cluster that was not started here for its versions.
 
     Raises:
         ClusterError: a node has others than the driver.
     """
-    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-    if len(nodes) < 2:
-        return
-    ask = ray.remote(num_cpus=0)(versions)
-    asked = {
-        node: ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True)).remote()
-        for node in nodes
-    }
-    ready, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=_VERSIONS_TIMEOUT_S)
-    theirs = {nodes[node]: ray.get(answer) for node, answer in asked.items() if answer in set(ready)}
+    if len(living_nodes()) > 1:
+        refuse_differences(ask_nodes(versions, _VERSIONS_TIMEOUT_S)[0])
+
+
+def refuse_differences(theirs: Mapping[str, Mapping[str, str]]) -> None:
+    """Compare versions of nodes with those here.
+
+    Raises:
+        ClusterError: some differ.
+    """
     lines = differences(versions(), theirs)
     if lines:
         raise ClusterError(

@@ -22,6 +22,7 @@ import yaml
 from ray.cluster_utils import Cluster
 
 from tests.faults.commands import committed, steps_done, wait_for
+from tests.servers.seaweed import free_port
 
 NOTICE_MS = 8_000
 
@@ -53,7 +54,9 @@ def main(config: str, event: str, after_step: int) -> None:
     """Train, disturb, tell."""
     folder = Path(yaml.safe_load(Path(config).read_text())["run"]["folder"])
     # The head has the stream and the driver's actors; ranks need the resource that only the two nodes have.
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": True})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": True, "dashboard_port": free_port()}
+    )
     for _ in range(2):
         cluster.add_node(num_cpus=1)
     os.environ["RAY_ADDRESS"] = cluster.address

@@ -16,10 +16,14 @@ from collections import Counter
 import ray
 from ray.cluster_utils import Cluster
 
+from tests.servers.seaweed import free_port
+
 
 def main(config: str) -> None:
     """Train, and tell where."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": True})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": True, "dashboard_port": free_port()}
+    )
     cluster.add_node(num_cpus=3, labels={"simclr-role": "train"})
     cluster.add_node(num_cpus=2, labels={"simclr-role": "data"})
     os.environ["RAY_ADDRESS"] = cluster.address
