@@ -5,9 +5,9 @@
 Manifests are rendered by `kubectl kustomize`. RayCluster and RayJob are held to the operator's own CRDs, which are not
 part of this repository: `ray.io_rayclusters.yaml` and `ray.io_rayjobs.yaml` of KubeRay's release (helm chart,
 `crds/`) in DIR, by default the folder named by SIMCLR_RAY_KUBERAY_CRDS. Everything else is held to Kubernetes' schemas
-(package kubernetes-validate), `vm/aws.yaml` to Ray's. An unknown field is an error everywhere: the API server would drop
-it without a word. What no schema knows is looked at here: minima above maxima, an object store that does not fit into
-/dev/shm, pods that run as root, secrets in clear text.
+(package kubernetes-validate), `vm/aws.yaml` to Ray's. An unknown field is an error everywhere: the API server would
+drop it without a word. What no schema knows is looked at here: minima above maxima, an object store that does not fit
+into /dev/shm, pods that run as root, secrets in clear text.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def crd_folder(given: str | None = None) -> Path | None:
 
 
 def crd_schema(folder: Path, kind: str) -> Document:
-    """JSON schema of a kind's version v1, strict: what it does not name is refused, as the API server would prune it."""
+    """JSON schema of a kind's version v1, strict: what it does not name is refused."""
     crd = yaml.load((folder / CRD_FILES[kind]).read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     (version,) = [one for one in crd["spec"]["versions"] if one["name"] == "v1"]
     schema = version["schema"]["openAPIV3Schema"]
@@ -130,7 +130,8 @@ def _lint_group(group: Document) -> Iterator[str]:
     pod = group["template"]["spec"]
     store = int(group["rayStartParams"].get("object-store-memory", 0))
     shared = next((one["emptyDir"] for one in pod.get("volumes", []) if one["name"] == "shm"), {})
-    limit = quantity(pod["containers"][0]["resources"]["limits"]["memory"])
+    resources = pod["containers"][0].get("resources") or {}
+    limit = quantity((resources.get("limits") or {}).get("memory", "0"))
     if not store:
         yield f"{name}: no object-store-memory"
     if shared.get("medium") != "Memory" or store > quantity(shared.get("sizeLimit", "0")):
@@ -180,7 +181,7 @@ def quantity(text: str | int) -> float:
 
 
 def vm_problems(config: Document) -> Iterator[str]:
-    """What is wrong with a file for `ray up`: by Ray's schema, by its own checks after defaults are filled in, by ours."""
+    """What is wrong with a file for `ray up`: by Ray's schema, by its checks after defaults are filled in, by ours."""
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     schema = json.loads((Path(_ray_folder()) / "autoscaler" / "ray-schema.json").read_text())

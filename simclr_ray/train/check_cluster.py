@@ -99,7 +99,7 @@ def resources(
     workers = config.workers or max(1, int(planes.train.get("GPU", 0)))
     gpus = workers if config.use_gpu or (config.use_gpu is None and planes.train.get("GPU", 0)) else 0
     asked = {"CPU": workers * config.cpus_per_worker + config.data_cpus, "GPU": float(gpus)}
-    words = f"{asked['CPU']:g} CPUs and {gpus} GPUs for {workers} workers and the stream"
+    words = f"{asked['CPU']:g} CPUs and {gpus} GPUs for {workers} worker{'s' * (workers > 1)} and the stream"
     limit = {name: max(there.get(name, 0.0), (attainable or {}).get(name, 0.0)) for name in asked}
     short = [name for name in asked if asked[name] > limit[name]]
     if short:

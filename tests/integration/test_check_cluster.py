@@ -31,8 +31,9 @@ def test_a_cluster_that_is_given_is_looked_at_and_what_it_cannot_give_is_code_5(
             tmp_path / "nowhere", data_set, cluster__address=head.gcs, cluster__data_labels={"simclr-role": "data"},
             cluster__train_labels={"simclr-role": "train"},
         )  # fmt: skip
+        commands = json.dumps([["check", str(file)] for file in (good, much, nowhere)])
         done = subprocess.run(
-            [sys.executable, "-m", "tests.servers.calls", json.dumps([["check", str(f)] for f in (good, much, nowhere)])],
+            [sys.executable, "-m", "tests.servers.calls", commands],
             env=clean_environment() | dict(head.environment), cwd=ROOT, capture_output=True, text=True, timeout=240,
             check=False,
         )  # fmt: skip
@@ -40,7 +41,7 @@ def test_a_cluster_that_is_given_is_looked_at_and_what_it_cannot_give_is_code_5(
     (code, said, err), (too_much, _, why), (unlabelled, _, which) = json.loads(done.stdout.splitlines()[-1])
     assert code == 0, err
     assert "cluster: 3 CPUs (3 free); no autoscaler" in said
-    assert "asked: 2 CPUs and 0 GPUs for 1 workers and the stream; free now" in said
+    assert "asked: 2 CPUs and 0 GPUs for 1 worker and the stream; free now" in said
     assert "versions: 1 of 1 nodes have those of this machine" in said
     assert "token: asked for; dashboard at http://127.0.0.1:" in said
     assert ": guarded" in said

@@ -36,7 +36,7 @@ def test_views_are_made_on_data_nodes_alone_and_training_on_train_nodes_alone(
     told = ran(recipe(tmp_path / "run", data_set, train__steps=20, cluster__workers=1, **labels))
     assert set(told["workers"]) == {"train"}, told
     assert set(told["stream"]) == {"data"}, told
-    assert told["stream"]["data"] > 10
+    assert any("Repartition" in name for name in told["names"]), told  # the last of the stream's tasks counts too
 
 
 def test_without_labels_views_are_made_where_there_are_cpus(data_set: Manifest, tmp_path: Path) -> None:

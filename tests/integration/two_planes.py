@@ -37,16 +37,16 @@ def main(config: str) -> None:
         pretrain(config)
         tasks = [
             one for one in list_tasks(limit=10_000, raise_on_missing_output=False)
-            if one.type == "NORMAL_TASK" and one.node_id and one.state == "FINISHED" and "Units" in one.name
+            if one.type == "NORMAL_TASK" and one.node_id and one.state == "FINISHED"
+            and ("Units" in one.name or "Repartition" in one.name)
         ]  # fmt: skip
         workers = [
             one for one in list_actors(limit=1000, raise_on_missing_output=False) if "RayTrainWorker" in one.class_name
         ]
-        names = sorted({one.name for one in list_tasks(limit=10_000, raise_on_missing_output=False)})
         told = {
             "stream": Counter(roles[one.node_id] for one in tasks),
             "workers": Counter(roles[one.node_id] for one in workers),
-            "names": names,
+            "names": sorted({one.name for one in tasks}),
         }
         print(json.dumps(told))  # noqa: T201  what its caller reads
     finally:
