@@ -231,12 +231,12 @@ class ClusterConfig(Section):
     """CPUs reserved for each train worker. At least `data_cpus` must remain, or the stream could never start."""
     data_cpus: Count = 1
     """CPUs that must stay free of train workers, for Ray Data."""
-    train_labels: Labels = {}
+    train_labels: Labels | None = None
     """Labels of the nodes that train workers may run on, such as `{simclr-role: train}`; a value may be `!value` (any
-    other), `in(a, b)` or `!in(a, b)`. Empty: any node."""
-    data_labels: Labels = {}
+    other), `in(a, b)` or `!in(a, b)`. null: any node."""
+    data_labels: Labels | None = None
     """Labels of the nodes that reading, decoding and views may run on, such as `{simclr-role: data}`, so that they
-    leave the CPUs of GPU nodes alone and scale by their own queue. Empty: any node."""
+    leave the CPUs of GPU nodes alone and scale by their own queue. null: any node."""
     threads_per_worker: Count | None = None
     """Compute threads of a CPU train worker; null: the machine's cores shared among the workers on it."""
     min_workers: Count | None = None

@@ -167,7 +167,7 @@ def execution_options(max_bytes_ahead: int, labels: Mapping[str, str] | None = N
     Args:
         max_bytes_ahead: Object-store memory of finished units that nobody has taken yet. Without a bound Ray Data would
             make as much as half the object store holds, at the trainer's expense where they share cores.
-        labels: Of the nodes that the stream's tasks may run on (a label selector of Ray's); any where empty.
+        labels: Of the nodes that the stream's tasks may run on (a label selector of Ray's); any without.
     """
     return ray.data.ExecutionOptions(
         preserve_order=True,

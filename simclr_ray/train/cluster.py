@@ -255,30 +255,42 @@ def resolve_workers(config: ClusterConfig, cluster: Planes | dict[str, float]) -
     gpus = int(planes.train.get("GPU", 0))
     use_gpu = config.use_gpu if config.use_gpu is not None else gpus > 0
     workers = config.workers or (max(1, gpus) if use_gpu else 1)
-    cpus, to_train = planes.either.get("CPU", 0.0), planes.train.get("CPU", 0.0)
-    needed = workers * config.cpus_per_worker + config.data_cpus
     may_grow = bool(config.workers) and bool(config.address or os.environ.get("RAY_ADDRESS"))
     if may_grow:
         return config.workers or 1, use_gpu  # an autoscaler may add nodes; `start_timeout_s` decides
     refuse_empty_planes(config, planes)
-    if to_train < workers * config.cpus_per_worker or planes.cpus_left(workers * config.cpus_per_worker) < (
-        config.data_cpus
-    ):
-        fitting = int(min(to_train, cpus - config.data_cpus) // config.cpus_per_worker)
-        raise ClusterError(
-            f"{workers} workers of {config.cpus_per_worker:g} CPUs would leave Ray Data less than {config.data_cpus}, "
-            "and the stream would never start",
-            where="cluster.workers",
-            got=f"a cluster of {cpus:g} CPUs" + (f", of which {to_train:g} may train" if to_train < cpus else ""),
-            expected=f"at least {needed:g}",
-            fix=f"use cluster.workers={fitting}, or add CPUs" if fitting > 0 else "add CPUs",
-        )
+    _refuse_too_few_cpus(config, planes, workers)
     if use_gpu and gpus < workers:
         raise ClusterError(
             f"{workers} workers need a GPU each", where="cluster.workers", got=f"a cluster of {gpus} GPUs",
             fix="use fewer workers, or cluster.use_gpu=false",
         )  # fmt: skip
     return workers, use_gpu
+
+
+def _refuse_too_few_cpus(config: ClusterConfig, planes: Planes, workers: int) -> None:
+    """Refuse workers that do not fit, or that would leave the stream too little.
+
+    Raises:
+        ClusterError: with how many would fit.
+    """
+    cpus, to_train = planes.either.get("CPU", 0.0), planes.train.get("CPU", 0.0)
+    wanted = workers * config.cpus_per_worker
+    if wanted <= to_train and planes.cpus_left(wanted) >= config.data_cpus:
+        return
+    fitting = int(min(to_train, cpus - config.data_cpus) // config.cpus_per_worker)
+    fix = f"use cluster.workers={fitting}, or add CPUs" if fitting > 0 else "add CPUs"
+    if to_train < cpus and to_train < wanted:
+        raise ClusterError(
+            f"{workers} workers of {config.cpus_per_worker:g} CPUs do not fit on the nodes of cluster.train_labels",
+            where="cluster.workers", got=f"{to_train:g} CPUs on them", expected=f"at least {wanted:g}", fix=fix,
+        )  # fmt: skip
+    raise ClusterError(
+        f"{workers} workers of {config.cpus_per_worker:g} CPUs would leave Ray Data less than {config.data_cpus}, "
+        "and the stream would never start",
+        where="cluster.workers", got=f"a cluster of {cpus:g} CPUs", expected=f"at least {wanted + config.data_cpus:g}",
+        fix=fix,
+    )  # fmt: skip
 
 
 def resolve_views(

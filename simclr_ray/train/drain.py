@@ -15,7 +15,7 @@ import time
 
 import ray
 from ray._private.state import state
-from ray._raylet import GcsClient
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.core.generated import autoscaler_pb2
 
 from simclr_ray.errors import ClusterError
@@ -44,7 +44,9 @@ def drain(address: str, node: str, seconds: float) -> None:
 
 def is_idle(node: str) -> bool:
     """Whether nothing runs on a node of the cluster that this process is connected to."""
-    total = next((one["Resources"] for one in ray.nodes() if one["NodeID"] == node and one["Alive"]), {})
+    total: dict[str, float] = next(
+        (one["Resources"] for one in ray.nodes() if one["NodeID"] == node and one["Alive"]), {}
+    )
     free = state.available_resources_per_node().get(node, {})
     return all(free.get(name, 0.0) >= total.get(name, 0.0) for name in ("CPU", "GPU"))
 

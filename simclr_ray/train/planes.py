@@ -50,7 +50,7 @@ def planes_of(config: ClusterConfig, nodes: Iterable[Mapping[str, Any]]) -> Plan
     either: Counter[str] = Counter()
     for node in nodes:
         labels, resources = node.get("Labels") or {}, node.get("Resources") or {}
-        trains, makes = matches(config.train_labels, labels), matches(config.data_labels, labels)
+        trains, makes = matches(config.train_labels or {}, labels), matches(config.data_labels or {}, labels)
         for wanted, plane in ((trains, train), (makes, data), (trains or makes, either)):
             if wanted and node["Alive"]:
                 plane.update(resources)

@@ -266,7 +266,7 @@ def _trainer(setup: _Setup, desk: Any) -> ray.train.torch.TorchTrainer:
             num_workers=(fewest, setup.workers) if fewest < setup.workers else setup.workers,
             use_gpu=setup.use_gpu,
             resources_per_worker=resources,
-            label_selector=dict(cluster.train_labels) or None,
+            label_selector=dict(cluster.train_labels) if cluster.train_labels else None,
             elastic_resize_monitor_interval_s=cluster.resize_check_s,
         ),
         run_config=ray.train.RunConfig(

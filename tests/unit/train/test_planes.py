@@ -70,7 +70,7 @@ def test_cpus_that_both_planes_may_use_are_left_to_the_stream_as_long_as_workers
 def test_more_workers_than_the_train_nodes_have_cpus_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     config = ClusterConfig(workers=17, use_gpu=False, **TWO_PLANES)
-    with pytest.raises(ClusterError, match="a cluster of 52 CPUs, of which 16 may train") as told:
+    with pytest.raises(ClusterError, match="17 workers of 1 CPUs do not fit on the nodes") as told:
         resolve_workers(config, planes_of(config, NODES))
     assert "cluster.workers=16" in str(told.value)
 
