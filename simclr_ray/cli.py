@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from simclr_ray.configure import load_config, schema, to_yaml, use_storage
 from simclr_ray.errors import ConfigError, SimclrError
 from simclr_ray.observe.console import Console, print_error
+from simclr_ray.submit.commands import add_commands
+from simclr_ray.submit.pinned import refuse_unpinned
 from simclr_ray.version import __version__
 
 INTERRUPTED = 130
@@ -23,13 +25,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code."""
     options = _parser().parse_args(arguments)
     try:
-        options.call(options)
+        refuse_unpinned()
+        code = options.call(options)
     except SimclrError as error:
         print_error(error)
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
-    return 0
+    return code or 0
 
 
 def _pretrain(options: argparse.Namespace) -> None:
@@ -370,6 +373,8 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("config", nargs="?", help="YAML file")
     _overrides(verb, "loss.temperature=0.2")
     verb.add_argument("--schema", action="store_true", help="print the JSON schema instead")
+
+    add_commands(verbs, _verb)
     return parser
 
 

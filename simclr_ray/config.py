@@ -9,16 +9,22 @@ rank's share of it follows from the world size.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationInfo, field_validator
 
 from simclr_ray.storage.settings import StorageSettings, endpoint_problem
 
 Fraction = Annotated[float, Ge(0), Le(1)]
 Count = Annotated[int, Ge(1)]
 Level = Annotated[int, Ge(0), Le(255)]
+_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+LabelKey = Annotated[str, StringConstraints(pattern=rf"^(?:[a-z0-9.-]+/)?{_LABEL}$")]
+LabelValue = Annotated[str, StringConstraints(pattern=rf"^!?(?:{_LABEL}|in\({_LABEL}(?:, ?{_LABEL})*\))$")]
+Labels = Mapping[LabelKey, LabelValue]
+"""What a node's labels must be, in Ray's words (a label selector)."""
 
 
 class Section(BaseModel):
@@ -226,6 +232,12 @@ class ClusterConfig(Section):
     """CPUs reserved for each train worker. At least `data_cpus` must remain, or the stream could never start."""
     data_cpus: Count = 1
     """CPUs that must stay free of train workers, for Ray Data."""
+    train_labels: Labels | None = None
+    """Labels of the nodes that train workers may run on, such as `{simclr-role: train}`; a value may be `!value` (any
+    other), `in(a, b)` or `!in(a, b)`. null: any node."""
+    data_labels: Labels | None = None
+    """Labels of the nodes that reading, decoding and views may run on, such as `{simclr-role: data}`, so that they
+    leave the CPUs of GPU nodes alone and scale by their own queue. null: any node."""
     threads_per_worker: Count | None = None
     """Compute threads of a CPU train worker; null: the machine's cores shared among the workers on it."""
     min_workers: Count | None = None

@@ -70,6 +70,22 @@ def use_storage(config: Config) -> None:
         storage.configure(config.storage.settings())
 
 
+def require_places(config: Config, *names: str) -> None:
+    """Refuse a config that does not say where the run and its images are.
+
+    Args:
+        config: Of a run.
+        names: What is needed; `run.folder` and `data.train` by default.
+
+    Raises:
+        ConfigError: one is missing.
+    """
+    given = {"run.folder": config.run.folder, "data.train": config.data.train}
+    missing = [name for name in names or given if not given[name]]
+    if missing:
+        raise ConfigError(f"{' and '.join(missing)} must be set", fix=f"add --set {missing[0]}=FOLDER")
+
+
 def cross_checks(values: Mapping[str, Any]) -> list[str]:
     """Mistakes that no section can see alone; empty when there are none.
 

@@ -11,7 +11,7 @@ stream of any length costs no more than one segment's tasks at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial, update_wrapper
 from typing import Any
@@ -161,15 +161,17 @@ def unit_stream(
     return frame.repartition(target_num_rows_per_block=unit_rows, strict=True)
 
 
-def execution_options(max_bytes_ahead: int) -> ray.data.ExecutionOptions:
+def execution_options(max_bytes_ahead: int, labels: Mapping[str, str] | None = None) -> ray.data.ExecutionOptions:
     """Options under which the stream keeps the plan's order and does not run far ahead of a slow trainer.
 
     Args:
         max_bytes_ahead: Object-store memory of finished units that nobody has taken yet. Without a bound Ray Data would
             make as much as half the object store holds, at the trainer's expense where they share cores.
+        labels: Of the nodes that the stream's tasks may run on (a label selector of Ray's); any without.
     """
     return ray.data.ExecutionOptions(
         preserve_order=True,
+        label_selector=dict(labels) if labels else None,
         resource_limits=ray.data.ExecutionResources(object_store_memory=float(max_bytes_ahead)),
     )
 

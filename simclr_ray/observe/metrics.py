@@ -52,6 +52,7 @@ METRICS: Mapping[str, Metric] = {
     "time/step_s": Metric("time of one optimizer step, waiting included, mean since the last record", "s"),
     "time/checkpoint_stall_s": Metric("time the step loop stood still for the last checkpoint", "s"),
     "time/checkpoint_s": Metric("time the last checkpoint took to be written, beside the training", "s"),
+    "time/checkpoint_age_s": Metric("age of the newest checkpoint; before the first, of the attempt", "s"),
     "time/evaluate_s": Metric("time of the last evaluation", "s"),
     "gpu/peak_mib": Metric("most memory held by tensors on rank 0's device since the start", "MiB"),
     "repr/rankme": Metric("effective rank of the embeddings (Garrido et al. 2023)"),

@@ -1,8 +1,9 @@
 """`simclr-ray check`: what a run would meet, found in seconds and said in plain sentences, before anything is paid for.
 
 It reads some real units from the real store, decodes and augments them, takes one step's worth of the encoder on this
-machine, and multiplies. No Ray is started, no training happens, and the run folder is written to only with a probe that
-is deleted again.
+machine, and multiplies. A running cluster that is given is asked for its resources, versions, guard and disks
+(`check_cluster`). No Ray is started, no training happens, and the run folder is written to only with a probe that is
+deleted again.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from simclr_ray.data.manifest import Manifest, read_manifest
 from simclr_ray.data.plan import Plan, UnitTable
 from simclr_ray.data.units import plan_tasks, read_planned
 from simclr_ray.errors import ConfigError, DataError
+from simclr_ray.train import check_cluster
 from simclr_ray.train.cluster import usable_cores
 from simclr_ray.train.derive import Derived, bytes_ahead, check_world_size, derive, limits_of, policy_of, sentences
 from simclr_ray.train.lock import LOCK_NAME
@@ -71,6 +73,7 @@ def check(config: ConfigSource = None, overrides: Sequence[str] = ()) -> Iterato
         ConfigError: a setting cannot work, or the run folder cannot be used.
         DataError: the data set is missing, broken, or more of it is unusable than the limit allows.
         StorageError: a store refuses or does not answer.
+        ClusterError: a cluster that is given does not answer, or cannot give what is asked.
     """
     settings = load_config(config, overrides)
     use_storage(settings)
@@ -98,6 +101,8 @@ def _findings(settings: Config) -> Iterator[str]:
         yield from _run_folder(settings, manifest, settings.run.folder)
     else:
         yield "run.folder is not set; pretrain will need it"
+    if check_cluster.is_given(settings.cluster):
+        yield from check_cluster.cluster_findings(settings, derived)
     rates = Rates(0, 0, 0, 0)
     for finding in _measure(settings, manifest):
         if isinstance(finding, Rates):

@@ -14,8 +14,8 @@ import math
 import os
 import socket
 import sys
-from collections.abc import Iterator, Mapping
-from typing import Any, Final, Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final, Literal, TypeVar
 
 import ray
 import ray.exceptions
@@ -25,10 +25,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from simclr_ray import storage
 from simclr_ray.config import ClusterConfig
 from simclr_ray.errors import ClusterError, root_cause
+from simclr_ray.train.planes import Planes, refuse_empty_planes, whole
+from simclr_ray.version import __version__
 from simclr_ray.views.make import Maker
 from simclr_ray.views.stage import Where
 
 log = logging.getLogger("simclr_ray.ray")
+T = TypeVar("T")
 
 PROBE_TIMEOUT_S = 10.0
 _LOST: Final = (
@@ -65,7 +68,8 @@ def connected(config: ClusterConfig) -> Iterator[None]:
     running one they go as the job's `env_vars`. Credentials do not travel; each node has its own.
 
     Raises:
-        ClusterError: a given address does not answer, or a part of Ray that the work needs was lost on the way.
+        ClusterError: a given address does not answer or refuses the token, or a part of Ray that the work needs was
+            lost on the way.
     """
     if ray.is_initialized():
         _say_what_stays_behind()
@@ -87,6 +91,11 @@ def connected(config: ClusterConfig) -> Iterator[None]:
                 # "local": without it, Ray would join any cluster that somebody has started on this machine.
                 ray.init(address="local", num_cpus=local_cpus(config), include_dashboard=False, **calm)
     except (ConnectionError, ValueError, ray.exceptions.RayError) as error:
+        if _token_refused(error):
+            raise ClusterError(
+                "token refused: none, or a wrong one", where=f"cluster.address={address}",
+                fix="set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE with the cluster's token",
+            ) from None  # fmt: skip
         raise ClusterError(
             f"no Ray cluster answers: {error}",
             where=f"cluster.address={address}",
@@ -150,6 +159,15 @@ def _say_what_stays_behind() -> None:
         )
 
 
+def _token_refused(error: BaseException | None) -> bool:
+    """Ray says so only in what its `ConnectionError` came of, as an error of its own or in another one's text."""
+    while error is not None:
+        if isinstance(error, ray.exceptions.AuthenticationError) or "InvalidAuthToken" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def _probe(address: str) -> None:
     """Knock at host:port first, for `ray.init` tries for minutes where nobody listens.
 
@@ -190,9 +208,10 @@ class _ToLog(io.TextIOBase):
 
 def versions() -> dict[str, str]:
     """Of what must agree on all nodes: other versions may compute, order or serialise otherwise."""
-    packages = ("simclr_ray", "ray", "torch", "torchvision", "numpy", "pyarrow", "pillow")
+    packages = ("ray", "torch", "torchvision", "numpy", "pyarrow", "pillow")
     found = {name: importlib.metadata.version(name) for name in packages}
-    return {"python": ".".join(map(str, sys.version_info[:2]))} | found
+    # Of this package the code's own word: a job may have brought its source, which is not installed.
+    return {"python": ".".join(map(str, sys.version_info[:2])), "simclr_ray": __version__} | found
 
 
 def differences(mine: Mapping[str, str], theirs: Mapping[str, Mapping[str, str]]) -> list[str]:
@@ -205,22 +224,51 @@ def differences(mine: Mapping[str, str], theirs: Mapping[str, Mapping[str, str]]
     ]
 
 
+def ask_nodes(question: Callable[[], T], timeout_s: float) -> tuple[dict[str, T], list[str]]:
+    """Call a function on every living node.
+
+    Returns:
+        Answers by the node's address and the start of its id, and the nodes that gave none in time (busy starting).
+    """
+    nodes = {node["NodeID"]: f"{node['NodeManagerAddress']} ({node['NodeID'][:6]})" for node in living_nodes()}
+    ask = ray.remote(num_cpus=0)(question)
+    asked = {
+        node: ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
+        for node in nodes
+    }
+    ready, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=timeout_s)
+    answers, silent = {}, []
+    for node, answer in asked.items():
+        try:
+            if answer not in set(ready):
+                raise ray.exceptions.GetTimeoutError
+            answers[nodes[node]] = ray.get(answer)
+        except (ray.exceptions.GetTimeoutError, ray.exceptions.RaySystemError, ray.exceptions.TaskUnschedulableError):
+            silent.append(nodes[node])  # or it went meanwhile
+    return answers, silent
+
+
+def living_nodes() -> list[dict[str, Any]]:
+    """The nodes of the cluster, as Ray describes them."""
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
 def refuse_other_versions() -> None:
     """Ask every node of a cluster that was not started here for its versions.
 
     Raises:
         ClusterError: a node has others than the driver.
     """
-    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-    if len(nodes) < 2:
-        return
-    ask = ray.remote(num_cpus=0)(versions)
-    asked = {
-        node: ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True)).remote()
-        for node in nodes
-    }
-    ready, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=_VERSIONS_TIMEOUT_S)
-    theirs = {nodes[node]: ray.get(answer) for node, answer in asked.items() if answer in set(ready)}
+    if len(living_nodes()) > 1:
+        refuse_differences(ask_nodes(versions, _VERSIONS_TIMEOUT_S)[0])
+
+
+def refuse_differences(theirs: Mapping[str, Mapping[str, str]]) -> None:
+    """Compare versions of nodes with those here.
+
+    Raises:
+        ClusterError: some differ.
+    """
     lines = differences(versions(), theirs)
     if lines:
         raise ClusterError(
@@ -250,7 +298,7 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def resolve_workers(config: ClusterConfig, resources: dict[str, float]) -> tuple[int, bool]:
+def resolve_workers(config: ClusterConfig, cluster: Planes | dict[str, float]) -> tuple[int, bool]:
     """Number of workers and whether each has a GPU, from the config and what the cluster has.
 
     A running cluster that was asked for a stated number of workers is taken at its word, for it may grow.
@@ -258,24 +306,15 @@ def resolve_workers(config: ClusterConfig, resources: dict[str, float]) -> tuple
     Raises:
         ClusterError: the workers would leave the stream no CPU.
     """
-    gpus = int(resources.get("GPU", 0))
+    planes = cluster if isinstance(cluster, Planes) else whole(cluster)
+    gpus = int(planes.train.get("GPU", 0))
     use_gpu = config.use_gpu if config.use_gpu is not None else gpus > 0
     workers = config.workers or (max(1, gpus) if use_gpu else 1)
-    cpus = resources.get("CPU", 0.0)
-    needed = workers * config.cpus_per_worker + config.data_cpus
     may_grow = bool(config.workers) and bool(config.address or os.environ.get("RAY_ADDRESS"))
     if may_grow:
         return config.workers or 1, use_gpu  # an autoscaler may add nodes; `start_timeout_s` decides
-    if cpus < needed:
-        fitting = int((cpus - config.data_cpus) // config.cpus_per_worker)
-        raise ClusterError(
-            f"{workers} workers of {config.cpus_per_worker:g} CPUs would leave Ray Data less than {config.data_cpus}, "
-            "and the stream would never start",
-            where="cluster.workers",
-            got=f"a cluster of {cpus:g} CPUs",
-            expected=f"at least {needed:g}",
-            fix=f"use cluster.workers={fitting}, or add CPUs" if fitting > 0 else "add CPUs",
-        )
+    refuse_empty_planes(config, planes)
+    _refuse_too_few_cpus(config, planes, workers)
     if use_gpu and gpus < workers:
         raise ClusterError(
             f"{workers} workers need a GPU each", where="cluster.workers", got=f"a cluster of {gpus} GPUs",
@@ -284,16 +323,42 @@ def resolve_workers(config: ClusterConfig, resources: dict[str, float]) -> tuple
     return workers, use_gpu
 
 
+def _refuse_too_few_cpus(config: ClusterConfig, planes: Planes, workers: int) -> None:
+    """Refuse workers that do not fit, or that would leave the stream too little.
+
+    Raises:
+        ClusterError: with how many would fit.
+    """
+    cpus, to_train = planes.either.get("CPU", 0.0), planes.train.get("CPU", 0.0)
+    wanted = workers * config.cpus_per_worker
+    if wanted <= to_train and planes.cpus_left(wanted) >= config.data_cpus:
+        return
+    fitting = int(min(to_train, cpus - config.data_cpus) // config.cpus_per_worker)
+    fix = f"use cluster.workers={fitting}, or add CPUs" if fitting > 0 else "add CPUs"
+    if to_train < cpus and to_train < wanted:
+        raise ClusterError(
+            f"{workers} workers of {config.cpus_per_worker:g} CPUs do not fit on the nodes of cluster.train_labels",
+            where="cluster.workers", got=f"{to_train:g} CPUs on them", expected=f"at least {wanted:g}", fix=fix,
+        )  # fmt: skip
+    raise ClusterError(
+        f"{workers} workers of {config.cpus_per_worker:g} CPUs would leave Ray Data less than {config.data_cpus}, "
+        "and the stream would never start",
+        where="cluster.workers", got=f"a cluster of {cpus:g} CPUs", expected=f"at least {wanted + config.data_cpus:g}",
+        fix=fix,
+    )  # fmt: skip
+
+
 def resolve_views(
-    where: Literal["auto", "cpu", "gpu"], config: ClusterConfig, resources: dict[str, float], *,
+    where: Literal["auto", "cpu", "gpu"], config: ClusterConfig, cluster: Planes | dict[str, float], *,
     workers: int, use_gpu: bool, maker: Maker,
 ) -> tuple[Where, str]:  # fmt: skip
     """Who does the colours of the views, and why, in words; `maker` is who makes views on the machines of the stream.
 
     `gpu` is kept where no worker has one: the worker then does the colours on its CPU, the same pictures more slowly.
     """
+    planes = cluster if isinstance(cluster, Planes) else whole(cluster)
     if where == "gpu" and not use_gpu:
-        gpus = int(resources.get("GPU", 0))
+        gpus = int(planes.train.get("GPU", 0))
         return where, (
             f"as set by views.where, but the workers have no GPU, of which Ray offers {gpus}: each does the colours on "
             "its own CPUs, within its steps; views.where=cpu would do them beside"
@@ -302,7 +367,7 @@ def resolve_views(
         return where, "as set by views.where"
     if not use_gpu:
         return "cpu", "there is no GPU to do them"
-    left = max(0.0, resources.get("CPU", 0.0) - workers * config.cpus_per_worker) / workers
+    left = max(0.0, planes.cpus_left(workers * config.cpus_per_worker)) / workers
     needed = CPUS_FOR_A_GPU[maker]
     words = (
         f"the stream has {left:.1f} CPUs for each GPU; finished views by {maker} are taken to need {needed} (ResNet-50 "

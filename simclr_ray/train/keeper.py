@@ -23,8 +23,10 @@ from simclr_ray.data.manifest import Manifest
 from simclr_ray.data.quarantine import Quarantine
 from simclr_ray.errors import ConfigError, StorageError
 from simclr_ray.observe.console import Console
+from simclr_ray.observe.metrics import Recorder
 from simclr_ray.train.cluster import draining_nodes
 from simclr_ray.train.desk import News
+from simclr_ray.train.gauges import ray_gauges
 from simclr_ray.train.lock import RunLock
 from simclr_ray.train.run import RunFolder, read_quarantine, write_quarantine
 
@@ -48,6 +50,7 @@ class Keeper:
         self._run, self._desk, self._console, self._lock = run, desk, console, lock
         self._quarantine = Quarantine(manifest, limits, read_quarantine(run))
         self._scribe = Scribe(console.say)
+        self._recorder = Recorder([ray_gauges(run.uri)])
         self._written = -math.inf
         self._drained: set[str] = set()
         self._looked = 0.0
@@ -80,6 +83,7 @@ class Keeper:
             self._console.say(sentence)
         for record in news.records:
             self._console.progress(record)
+            self._recorder.log(record)
             self.last = record.values
         if news.attempts == self._begun_before:
             self._say_waiting()

@@ -13,7 +13,7 @@ import ray.train.torch
 
 from simclr_ray import storage
 from simclr_ray.config import Config
-from simclr_ray.configure import ConfigSource, load_config, use_storage
+from simclr_ray.configure import ConfigSource, load_config, require_places, use_storage
 from simclr_ray.data.cursor import SegmentCursor
 from simclr_ray.data.manifest import Manifest, read_manifest
 from simclr_ray.data.stream import (
@@ -22,7 +22,7 @@ from simclr_ray.data.stream import (
     execution_options,
     unit_stream,
 )
-from simclr_ray.errors import ClusterError, ConfigError, SimclrError, root_cause
+from simclr_ray.errors import ClusterError, SimclrError, root_cause
 from simclr_ray.observe.console import Console
 from simclr_ray.train import checkpoint as ckpt
 from simclr_ray.train.cluster import (
@@ -46,6 +46,7 @@ from simclr_ray.train.derive import (
 from simclr_ray.train.desk import Desk
 from simclr_ray.train.keeper import Keeper, graceful_stop
 from simclr_ray.train.lock import RunLock, hold
+from simclr_ray.train.planes import planes_of
 from simclr_ray.train.run import RunFolder, look_at_run, note_views, open_run, start_afresh
 from simclr_ray.train.step import NonFiniteStepError
 from simclr_ray.train.step_log import TooManyRejectedError
@@ -84,7 +85,7 @@ def pretrain(config: ConfigSource = None, overrides: Sequence[str] = (), *, fres
         NumericsError: the loss or a gradient is not finite.
     """
     settings = load_config(config, overrides)
-    _require(settings)
+    require_places(settings)
     use_storage(settings)
     manifest = read_manifest(storage.normalise(str(settings.data.train)))
     derived = derive(settings, manifest)
@@ -115,26 +116,19 @@ def _pretrain(settings: Config, manifest: Manifest, derived: Derived, console: C
         console.say(line)
     with connected(settings.cluster), prints_logged():
         refuse_other_versions()
-        workers, use_gpu = resolve_workers(settings.cluster, ray.cluster_resources())
+        planes = planes_of(settings.cluster, ray.nodes())
+        workers, use_gpu = resolve_workers(settings.cluster, planes)
         check_world_size(workers, derived)
         parts = " + ".join(map(str, shares(derived, workers)))
         console.say(f"workers: {workers} on {'GPU' if use_gpu else 'CPU'}; per-rank share {parts} images")
         where, why = resolve_views(
-            settings.views.where, settings.cluster, ray.cluster_resources(), workers=workers, use_gpu=use_gpu,
+            settings.views.where, settings.cluster, planes, workers=workers, use_gpu=use_gpu,
             maker=maker(),
         )  # fmt: skip
         console.say(f"views: {how_views_are_made(where)}, going by the driver's machine ({why})")
         note_views(run, maker=maker(), where=where, say=console.say)
         setup = _Setup(settings, manifest, derived, run, console, lock, workers, use_gpu, where)
         return _run(setup)
-
-
-def _require(config: Config) -> None:
-    missing = [
-        name for name, value in (("run.folder", config.run.folder), ("data.train", config.data.train)) if not value
-    ]
-    if missing:
-        raise ConfigError(f"{' and '.join(missing)} must be set", fix=f"add --set {missing[0]}=FOLDER")
 
 
 @dataclass(frozen=True)
@@ -262,7 +256,9 @@ def _trainer(setup: _Setup, desk: Any) -> ray.train.torch.TorchTrainer:
         train_worker,
         train_loop_config={"order": order},
         datasets={"train": stream},
-        dataset_config=ray.train.DataConfig(execution_options=execution_options(bytes_ahead(config, derived))),
+        dataset_config=ray.train.DataConfig(
+            execution_options=execution_options(bytes_ahead(config, derived), cluster.data_labels)
+        ),
         torch_config=ray.train.torch.TorchConfig(
             backend="nccl" if setup.use_gpu else "gloo", timeout_s=int(cluster.first_step_timeout_s)
         ),
@@ -270,6 +266,7 @@ def _trainer(setup: _Setup, desk: Any) -> ray.train.torch.TorchTrainer:
             num_workers=(fewest, setup.workers) if fewest < setup.workers else setup.workers,
             use_gpu=setup.use_gpu,
             resources_per_worker=resources,
+            label_selector=dict(cluster.train_labels) if cluster.train_labels else None,
             elastic_resize_monitor_interval_s=cluster.resize_check_s,
         ),
         run_config=ray.train.RunConfig(

@@ -143,6 +143,10 @@ class Saver:
         if self._writing is not None:
             self._writing.join()
 
+    def age_s(self) -> float:
+        """Seconds since the newest committed save began; before the first, since this attempt did."""
+        return time.monotonic() - self._newest
+
     def take_seconds(self) -> float | None:
         """How long the newest save took in its thread; None where none ended since the last call."""
         seconds, self._seconds = self._seconds, None

@@ -62,6 +62,10 @@ class Saves:
         dist.broadcast(self._verdict, src=0)
         return Verdict(int(self._verdict.item()))
 
+    def age_s(self) -> float | None:
+        """Rank 0: see `Saver.age_s`; None on the others."""
+        return self._saver.age_s() if self._saver else None
+
     def rescue(self, checkpoint: Checkpoint, *, first: Callable[[], None]) -> None:
         """Rank 0: try to keep a state that training cannot go on from; nothing happens on the others."""
         if self._saver is not None:

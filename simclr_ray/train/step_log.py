@@ -120,7 +120,7 @@ class StepLog:
         self._written_s = written_s if written_s is not None else self._written_s
         self._since += stall_s
 
-    def write(self, step: int, learning_rate: float) -> None:
+    def write(self, step: int, learning_rate: float, checkpoint_age_s: float | None = None) -> None:
         """Agree on what all ranks saw and write one record. Called on every rank at the same steps."""
         if not self._numbers:  # all its steps were left out
             self._waits.clear()
@@ -145,6 +145,8 @@ class StepLog:
             "data/animated_total": float(self.animated_total),
             "time/step_s": elapsed / steps,
         }
+        if checkpoint_age_s is not None:
+            values["time/checkpoint_age_s"] = checkpoint_age_s
         if self._stall_s is not None:
             values["time/checkpoint_stall_s"] = self._stall_s
         if self._written_s is not None:

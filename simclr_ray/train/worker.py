@@ -139,7 +139,7 @@ def _train(order: WorkerOrder, pulse: Pulse) -> None:
                 verdict = saves.agree(done)
                 pulse.at(batch.step, "record")
                 if verdict or done % config.train.log_every == 0:
-                    step_log.write(done, _learning_rate(order, batch.step))
+                    step_log.write(done, _learning_rate(order, batch.step), saves.age_s())
                 if Verdict.SAVE in verdict and rank == 0:
                     step_log.stood_still(*saves.save(state(done), first=step_log.upload_of_now()))
                 if Verdict.STOP in verdict:

@@ -22,6 +22,7 @@ import yaml
 from ray.cluster_utils import Cluster
 
 from simclr_ray.train.cluster import told_whom_to_ask
+from simclr_ray.train.drain import drain
 from tests.faults.commands import committed, steps_done, wait_for
 from tests.servers.seaweed import free_port
 
@@ -38,17 +39,6 @@ def node_of_a_rank(cluster: Cluster) -> Any:
         if node.node_id in used:
             return node
     raise AssertionError("no rank runs on a worker node")
-
-
-def drain(node: Any, address: str) -> None:
-    """Give notice of the node's end."""
-    from ray._raylet import GcsClient
-    from ray.core.generated import autoscaler_pb2
-
-    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-    deadline = int(1000 * time.time()) + NOTICE_MS
-    accepted, why = GcsClient(address=address).drain_node(node.node_id, reason, "spot market", deadline)
-    assert accepted, why
 
 
 def main(config: str, event: str, after_step: int) -> None:
@@ -69,7 +59,7 @@ def main(config: str, event: str, after_step: int) -> None:
         happened["at_step"] = steps_done(folder)
         started = time.monotonic()
         if event == "drain":
-            drain(node, cluster.address)
+            drain(cluster.address, node.node_id, NOTICE_MS / 1000)
             wait_for(lambda: any(step % 10 for step in committed(folder)), timeout_s=NOTICE_MS / 1000)
             happened["saved"] = [step for step in committed(folder) if step % 10]
             happened["saved_s"] = time.monotonic() - started

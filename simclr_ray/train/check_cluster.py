@@ -1,0 +1,162 @@
+"""What a running cluster would give a run: resources now and at most, versions, guard, disks. For `check`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import ray
+import ray._private.worker
+from ray._private.authentication.authentication_utils import is_token_auth_enabled
+from ray._private.state import state
+
+from simclr_ray.config import ClusterConfig, Config
+from simclr_ray.errors import ClusterError
+from simclr_ray.train.cluster import (
+    ask_nodes,
+    connected,
+    living_nodes,
+    prints_logged,
+    refuse_differences,
+    resolve_workers,
+    versions,
+)
+from simclr_ray.train.dashboard import exposure, knock, on_this_machine
+from simclr_ray.train.derive import Derived, bytes_ahead, check_world_size
+from simclr_ray.train.planes import Planes, planes_of
+
+ANSWER_S = 20.0
+"""Longest wait for the nodes; a process starts and loads torch there."""
+FULL = 0.95
+"""Ray does not spill to a disk that is fuller (its `local_fs_capacity_threshold`)."""
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class NodeFacts:
+    """What a node says of itself."""
+
+    versions: Mapping[str, str]
+    spill_folder: str
+    disk_total: int
+    disk_free: int
+
+
+def is_given(config: ClusterConfig) -> bool:
+    """Whether there is a running cluster to look at."""
+    return bool(config.address or os.environ.get("RAY_ADDRESS"))
+
+
+def cluster_findings(config: Config, derived: Derived) -> Iterator[str]:
+    """Yield findings about the cluster that is given, a sentence each.
+
+    Raises:
+        ClusterError: it does not answer, its nodes have other versions, or what is asked can never be had there.
+    """
+    with connected(config.cluster), prints_logged():
+        planes = planes_of(config.cluster, ray.nodes())
+        attainable = state.get_max_resources_from_cluster_config()
+        yield from resources(config.cluster, planes, ray.available_resources(), attainable)
+        if config.cluster.workers is None and not attainable:
+            check_world_size(resolve_workers(config.cluster, planes)[0], derived)
+        yield from _guard()
+        facts, silent = ask_nodes(_facts, ANSWER_S)
+        refuse_differences({node: fact.versions for node, fact in facts.items()})
+        yield f"versions: {len(facts)} of {len(living_nodes())} nodes have those of this machine" + (
+            f"; {', '.join(silent)} did not answer within {ANSWER_S:.0f} s" if silent else ""
+        )
+        yield from disks(facts, bytes_ahead(config, derived))
+
+
+def resources(
+    config: ClusterConfig, planes: Planes, free: Mapping[str, float], attainable: Mapping[str, float] | None
+) -> Iterator[str]:
+    """Asked, there, free and at most to be had; pure arithmetic.
+
+    Args:
+        config: What is asked.
+        planes: Of the nodes that are there.
+        free: Resources that nobody uses now.
+        attainable: What the autoscaler may bring the cluster to; None where there is none, or it does not say.
+
+    Raises:
+        ClusterError: what is asked is more than can ever be there.
+    """
+    there = planes.either
+    names = [name for name in ("CPU", "GPU") if there.get(name) or (attainable or {}).get(name)]
+    listed = ", ".join(f"{there.get(name, 0):g} {name}s ({free.get(name, 0):g} free)" for name in names)
+    most = "no autoscaler" if attainable is None else "the autoscaler may bring it to " + ", ".join(
+        f"{attainable.get(name, 0):g} {name}s" for name in names
+    )  # fmt: skip
+    yield f"cluster: {listed}; {most}"
+    if config.train_labels or config.data_labels:
+        yield (
+            f"planes: {planes.train.get('CPU', 0):g} CPUs and {planes.train.get('GPU', 0):g} GPUs for training, "
+            f"{planes.data.get('CPU', 0):g} CPUs for the stream"
+        )
+    workers = config.workers or max(1, int(planes.train.get("GPU", 0)))
+    gpus = workers if config.use_gpu or (config.use_gpu is None and planes.train.get("GPU", 0)) else 0
+    asked = {"CPU": workers * config.cpus_per_worker + config.data_cpus, "GPU": float(gpus)}
+    words = f"{asked['CPU']:g} CPUs and {gpus} GPUs for {workers} worker{'s' * (workers > 1)} and the stream"
+    limit = {name: max(there.get(name, 0.0), (attainable or {}).get(name, 0.0)) for name in asked}
+    short = [name for name in asked if asked[name] > limit[name]]
+    if short:
+        raise ClusterError(
+            f"the cluster can never give {words}", where="cluster.workers",
+            got=", ".join(f"at most {limit[name]:g} {name}s" for name in short),
+            fix="use fewer workers, or raise the maximum of the node group (max_workers, maxReplicas)",
+        )  # fmt: skip
+    late = [name for name in asked if asked[name] > free.get(name, 0.0)]
+    yield f"asked: {words}; " + (
+        f"{' and '.join(f'{name}s' for name in late)} must be freed or added first (cluster.start_timeout_s)"
+        if late
+        else "free now"
+    )
+
+
+def _guard() -> Iterator[str]:
+    """Whether the cluster asks for a token, and whether its dashboard does."""
+    guarded = is_token_auth_enabled()
+    url = ray._private.worker.get_dashboard_url()
+    address = f"http://{url}" if url and "://" not in url else url
+    if not address:
+        yield "dashboard: none, so there are no jobs, sweeps or metrics; start the head with ray[default] installed"
+        return
+    try:
+        dashboard = knock(address)
+    except ClusterError as error:
+        yield f"dashboard: {address} does not answer from here ({error.what}); jobs and sweeps need it"
+        return
+    if dashboard == "open" and not on_this_machine(address):
+        yield f"WARNING: {exposure(address)}; start the cluster with RAY_AUTH_MODE=token"
+    yield f"token: {'asked for' if guarded else 'none'}; dashboard at {address}: {dashboard}"
+
+
+def _facts() -> NodeFacts:
+    """Runs on each node."""
+    node = ray._private.worker.global_worker.node
+    folder = str(node.get_session_dir_path())
+    usage = shutil.disk_usage(folder)
+    return NodeFacts(versions(), folder, usage.total, usage.free)
+
+
+def disks(facts: Mapping[str, NodeFacts], ahead: int) -> Iterator[str]:
+    """Where objects go that the store has no room for; pure arithmetic.
+
+    Args:
+        facts: By node.
+        ahead: Bytes of finished views that may wait for the workers.
+    """
+    if not facts:
+        return
+    node, least = min(facts.items(), key=lambda item: item[1].disk_free)
+    yield (
+        f"disk for spilling: at least {least.disk_free / _GIB:,.1f} GiB free on each node (least on {node}); the "
+        f"stream keeps up to {ahead / _GIB:,.2f} GiB ahead and spills only what its object store cannot hold"
+    )
+    for name, fact in facts.items():
+        used = 1 - fact.disk_free / fact.disk_total
+        if used > FULL:
+            yield f"WARNING: the disk of {name} is {used:.1%} full, and Ray spills nothing above {FULL:.0%}"
