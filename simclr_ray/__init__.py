@@ -1,7 +1,7 @@
 """SimCLR on Ray: self-supervised image encoders from a bucket of unlabeled images.
 
-The verbs of the command line are functions here, with the same names: `pretrain`, `evaluate`, `pack`, `index`,
-`fetch_data`, `preview`, and `load_encoder` for what a run learned. `nt_xent` is the loss alone and `two_views` the
+The verbs of the command line are functions here, with the same names: `pretrain`, `tune`, `evaluate`,
+`pack`, `index`, `fetch_data`, `preview`, and `load_encoder` for what a run learned. `nt_xent` is the loss alone and `two_views` the
 views alone, for any torch program. They are imported on first use, so that importing the package stays cheap and these
 two need no Ray.
 """
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from simclr_ray.api import RunResult, evaluate, fetch_data, index, load_encoder, pack, pretrain, preview
     from simclr_ray.configure import load_config
     from simclr_ray.learn.nt_xent import nt_xent
+    from simclr_ray.search.tune import tune
     from simclr_ray.views.library import two_views
 
 _HOMES = {
@@ -30,6 +31,7 @@ _HOMES = {
     "load_config": "simclr_ray.configure",
     "nt_xent": "simclr_ray.learn.nt_xent",
     "preview": "simclr_ray.api",
+    "tune": "simclr_ray.search.tune",
     "two_views": "simclr_ray.views.library",
 }
 
@@ -45,6 +47,7 @@ __all__ = [
     "pack",
     "pretrain",
     "preview",
+    "tune",
     "two_views",
 ]
 
