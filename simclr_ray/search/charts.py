@@ -84,9 +84,7 @@ def parallel(axes: Sequence[Axis], lines: Sequence[Line]) -> str:
     return _svg(parts)
 
 
-def plot(
-    series: Sequence[tuple[str, Sequence[tuple[float, float]], float]], *, x: Axis, y: Axis, joined: bool
-) -> str:
+def plot(series: Sequence[tuple[str, Sequence[tuple[float, float]], float]], *, x: Axis, y: Axis, joined: bool) -> str:
     """Points of each series, joined by a line or not; a series is its name, its points and its rank from 0 to 1."""
     points = [point for _, of_series, _ in series for point in of_series]
     across, up = Scale([a for a, _ in points], log=x.log), Scale([b for _, b in points], log=y.log)
@@ -116,7 +114,9 @@ def _svg(parts: Sequence[str]) -> str:
 
 def _polyline(points: str, rank: float, name: str) -> str:
     opacity = f"{0.35 + 0.65 * rank:.2f}"
-    return f'<polyline class="line" points="{points}" stroke="{_colour(rank)}" opacity="{opacity}">{_tip(name)}</polyline>'
+    return (
+        f'<polyline class="line" points="{points}" stroke="{_colour(rank)}" opacity="{opacity}">{_tip(name)}</polyline>'
+    )
 
 
 def _tip(name: str) -> str:

@@ -27,13 +27,13 @@ WORST = -1e9
 finite, for searchers and schedulers sort by it."""
 
 
-def measures(encode: Callable[[Tensor], Tensor], probe: ProbeSet, policy: Policy, config: EvaluateConfig) -> dict[
-    str, float
-]:  # fmt: skip
+def measures(
+    encode: Callable[[Tensor], Tensor], probe: ProbeSet, policy: Policy, config: EvaluateConfig
+) -> dict[str, float]:
     """Measure an encoder.
 
     `alignment_uniformity` is the sum of the two: up to the weight of the first, what the contrastive loss tends to with
-    infinitely many negatives (Wang & Isola 2020, theorem 1), but at fixed temperature and views, so that trials compare.
+    infinitely many negatives (Wang & Isola 2020, theorem 1), but on the same views and in the same scale for all trials.
 
     Args:
         encode: (n, 3, S, S) -> embeddings (n, d).

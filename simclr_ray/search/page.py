@@ -121,7 +121,9 @@ def _scored(page: Page) -> list[tuple[TrialRecord, float]]:
     """Trials with a finite last score, worst first, so that the best is drawn on top."""
     found = [(one, one.scores[-1].measures.get(page.measure, math.nan)) for one in page.records if one.scores]
     finite = {one.name: value for one, value in found if math.isfinite(value)}
-    return [(one, finite[one.name]) for one in reversed(results.ranked(page.records, page.measure)) if one.name in finite]
+    return [
+        (one, finite[one.name]) for one in reversed(results.ranked(page.records, page.measure)) if one.name in finite
+    ]
 
 
 def _parallel(page: Page) -> str:
@@ -186,4 +188,3 @@ def _data_uri(view: Any) -> str:
     buffer = io.BytesIO()
     picture.resize((SHOWN_AT, SHOWN_AT), resample).save(buffer, "png")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-

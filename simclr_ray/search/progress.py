@@ -53,7 +53,9 @@ class Progress:
         if value > self._best:
             self._best = value
             measured = shown(result.get(self._measure))
-            self._say(f"best so far: {named(self._measure)} {measured}, trial {self._name(trial)} at step {result['step']}")
+            self._say(
+                f"best so far: {named(self._measure)} {measured}, trial {self._name(trial)} at step {result['step']}"
+            )
 
     def ended(self, trial: Any) -> None:
         """Note an early end."""
@@ -85,7 +87,9 @@ class Progress:
     def _count(self, trial: Any, record: TrialRecord) -> None:
         self._done += 1
         last = record.scores[-1] if record.scores else None
-        where = f" at step {last.step}: {named(self._measure)} {shown(last.measures.get(self._measure))}" if last else ""
+        where = (
+            f" at step {last.step}: {named(self._measure)} {shown(last.measures.get(self._measure))}" if last else ""
+        )
         why = f" ({' '.join(record.why.split())[:200]})" if record.status == "failed" else ""
         self._say(f"[{self._done}/{self._trials}] trial {self._name(trial)} {record.status}{where}{why}")
 

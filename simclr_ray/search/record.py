@@ -1,7 +1,7 @@
 """What is known of a trial, in one file of its folder: its settings, its lives, its scores and how it ended.
 
-The file is the truth of the search: tables, the page and the finalists are made from these, not from Tune's state. While
-a trial runs, only its own process writes it; the driver writes into it after that process has ended.
+The file is the truth of the search: tables, the page and the finalists are made from these, not from Tune's state.
+While a trial runs, only its own process writes it; the driver writes into it after that process has ended.
 """
 
 from __future__ import annotations

@@ -94,14 +94,15 @@ def trial_rows(records: Sequence[TrialRecord], keys: Sequence[str], measure: str
     rows = []
     for one in ranked(records, measure)[:SHOWN]:
         last = one.scores[-1] if one.scores else None
-        rows.append(
-            [one.name, *(shown(one.settings.get(key)) for key in keys)]
-            + [str(last.step) if last else "-", shown(last.measures.get(measure)) if last else "-", one.status]
-        )
+        value = shown(last.measures.get(measure)) if last else "-"
+        settings = (shown(one.settings.get(key)) for key in keys)
+        rows.append([one.name, *settings, str(last.step) if last else "-", value, one.status])
     return header, rows
 
 
-def finalist_rows(finalists: Sequence[Finalist], keys: Sequence[str], measure: str) -> tuple[list[str], list[list[str]]]:
+def finalist_rows(
+    finalists: Sequence[Finalist], keys: Sequence[str], measure: str
+) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the finalists' table."""
     header = ["trained again", *(key.partition(".")[2] for key in keys), named(measure), "seeds"]
     sign = -1 if measure in LOWER_IS_BETTER else 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import ValidationError, model_validator
@@ -17,7 +17,7 @@ from pydantic import ValidationError, model_validator
 from simclr_ray.config import Config, Count, Section
 from simclr_ray.configure import all_keys, describe, listing, load_config, read_mapping, suggestion
 from simclr_ray.data.manifest import Manifest
-from simclr_ray.errors import ConfigError, SimclrError
+from simclr_ray.errors import SimclrError
 from simclr_ray.train.derive import derive
 from simclr_ray.train.run import FREE
 
@@ -89,7 +89,7 @@ class Distribution(Section):
     @property
     def kind(self) -> Kind:
         """Which one it is."""
-        return next(name for name in type(self).model_fields if getattr(self, name) is not None)  # type: ignore[return-value]
+        return next(name for name in get_args(Kind) if getattr(self, name) is not None)
 
     @property
     def values(self) -> tuple[Any, ...]:

@@ -38,7 +38,7 @@ MEMORY_BYTES = 1 << 20
 KEEP = 3
 """Newest measured checkpoints of a trial to keep: others may go on from one that is no longer the newest."""
 ALL = 1_000_000
-"""Checkpoints that the training keeps: one must not be gone before it is measured; the trial deletes those that were."""
+"""Checkpoints that the training keeps: none may go before it is measured; the trial deletes those that were."""
 LOOK_S, LOOK_FAR_S = 0.5, 3.0
 """Between two looks for a checkpoint: in a local folder, and in a store where looking is a request."""
 STOP_S = 120.0
@@ -122,7 +122,7 @@ class Training:
             self.error = error
 
 
-class Trial(tune.Trainable):
+class Trial(tune.Trainable):  # type: ignore[misc]
     """See the module."""
 
     def setup(self, config: dict[str, Any], plan: TrialPlan) -> None:

@@ -146,7 +146,9 @@ def _look(search: _Search) -> None:
             )  # fmt: skip
         return
     if info.get("format", 0) > FORMAT:
-        raise ConfigError("this search was made by a newer version", where=search.folder, got=f"format {info['format']}")
+        raise ConfigError(
+            "this search was made by a newer version", where=search.folder, got=f"format {info['format']}"
+        )
     lines = compare(info["config"], _identity(search)) + [
         f"space file: {line}" for line in compare(info["space"], _space_identity(search.spec))
     ]
@@ -290,9 +292,7 @@ def _fit(
         KeyboardInterrupt: it was stopped.
     """
     by_itself = isinstance(how["search_alg"], Searcher)
-    trainable = ray_tune.with_resources(
-        ray_tune.with_parameters(Trial, plan=plan), {"CPU": 0, "memory": MEMORY_BYTES}
-    )
+    trainable = ray_tune.with_resources(ray_tune.with_parameters(Trial, plan=plan), {"CPU": 0, "memory": MEMORY_BYTES})
     path = search.path("tune", name)
     if ray_tune.Tuner.can_restore(path):
         tuner = ray_tune.Tuner.restore(path, trainable, resume_unfinished=True, resume_errored=True)
