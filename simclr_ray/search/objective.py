@@ -33,7 +33,7 @@ def measures(
     """Measure an encoder.
 
     `alignment_uniformity` is the sum of the two: up to the weight of the first, what the contrastive loss tends to with
-    infinitely many negatives (Wang & Isola 2020, theorem 1), but on the same views and in the same scale for all trials.
+    infinitely many negatives (Wang & Isola 2020, theorem 1), but on the same views, in the same scale, for all trials.
 
     Args:
         encode: (n, 3, S, S) -> embeddings (n, d).

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
-from typing import Any
 
 import ray
 import ray.exceptions
-from ray._private.state import state
 
 from simclr_ray.config import ClusterConfig
 from simclr_ray.errors import ClusterError, ConfigError
@@ -66,12 +64,3 @@ def _ask_state_api() -> str | None:
         lines = str(error).strip().splitlines()
         return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
     return None
-
-
-def possible_resources() -> dict[str, Any] | None:
-    """Resources with every node that an autoscaler may add; None where there is none, or where it does not say."""
-    try:
-        found = state.get_max_resources_from_cluster_config()
-    except (AttributeError, ray.exceptions.RayError):
-        return None  # another version of Ray's
-    return dict(found) if found else None

@@ -120,35 +120,42 @@ def _mutations(values: Distribution) -> Any:
 
 
 def side_by_side(
-    spec: SearchSpec, cluster: ClusterConfig, resources: Mapping[str, float], possible: Mapping[str, float] | None
+    spec: SearchSpec, cluster: ClusterConfig, resources: Mapping[str, float], *, may_grow: bool
 ) -> tuple[int, str]:
     """How many trials run at a time, and why.
 
-    Tune counts trials, not what their workers take; more of them than there is room for would wait for one another's
-    workers. Where an autoscaler runs, what it may add counts too: their placement groups ask for it.
+    Tune counts trials, not what their workers take; more of them than there is room for would take the CPU that the
+    streams need, and all would wait for ever. A cluster that may grow is taken at the user's word, as it is for
+    `cluster.workers`: Ray does not say what an autoscaler may add, and placement groups of trials ask for it.
 
     Args:
         spec: Of the search.
         cluster: Of a trial.
         resources: Of the cluster.
-        possible: With all nodes that the autoscaler may add; None where there is none, or where it does not say.
+        may_grow: Whether somebody else started it, so that it may have an autoscaler.
 
     Raises:
         ClusterError: not even one fits.
     """
-    most = {name: max(resources.get(name, 0.0), (possible or {}).get(name, 0.0)) for name in ("CPU", "GPU")}
-    use_gpu = cluster.use_gpu if cluster.use_gpu is not None else most["GPU"] > 0
-    workers = cluster.workers or (max(1, int(most["GPU"])) if use_gpu else 1)
-    by_cpu = math.floor((most["CPU"] - cluster.data_cpus) / (workers * cluster.cpus_per_worker) + 1e-9)
-    fitting = min(by_cpu, int(most["GPU"] // workers)) if use_gpu else by_cpu
-    has = f"{most['CPU']:g} CPUs" + (f" and {most['GPU']:g} GPUs" if use_gpu else "")
+    gpus = resources.get("GPU", 0.0)
+    use_gpu = cluster.use_gpu if cluster.use_gpu is not None else gpus > 0
+    workers = cluster.workers or (max(1, int(gpus)) if use_gpu else 1)
+    by_cpu = math.floor((resources.get("CPU", 0.0) - cluster.data_cpus) / (workers * cluster.cpus_per_worker) + 1e-9)
+    fitting = max(0, min(by_cpu, int(gpus // workers)) if use_gpu else by_cpu)
+    has = f"{resources.get('CPU', 0.0):g} CPUs" + (f" and {gpus:g} GPUs" if use_gpu else "")
     each = f"{workers} worker{'s' * (workers > 1)} of {cluster.cpus_per_worker:g} CPU{' and a GPU' * use_gpu}"
+    why = f"{each} a trial; the cluster has {has}"
+    if may_grow and cluster.workers and spec.max_concurrent and spec.max_concurrent > fitting:
+        return min(spec.max_concurrent, spec.num_trials), (
+            f"as max_concurrent says; {why}, room for {fitting}: the others wait for nodes that an autoscaler adds"
+        )
     if fitting < 1:
         raise ClusterError(
             "no trial fits the cluster", where="cluster.workers", got=has,
-            expected=f"{each}, and {cluster.data_cpus} CPU for the streams", fix="use fewer workers, or add nodes",
+            expected=f"{each}, and {cluster.data_cpus} CPU for the streams",
+            fix="use fewer workers, or add nodes; where an autoscaler adds them, set cluster.workers, and "
+            "max_concurrent in the space",
         )  # fmt: skip
-    why = f"{each} a trial, {has}" + (", nodes that the autoscaler may add included" if possible else "")
-    if spec.max_concurrent and spec.max_concurrent > fitting:  # more would take the CPU that the streams need
+    if spec.max_concurrent and spec.max_concurrent > fitting:
         why += f", which have no room for max_concurrent={spec.max_concurrent}"
     return min(spec.max_concurrent or fitting, fitting, spec.num_trials), why

@@ -148,7 +148,7 @@ class SearchSpec(Section):
     seed: Annotated[int, Ge(0), Lt(2**32)] = 0
     """Of the proposals."""
     max_concurrent: Count | None = None
-    """Trials side by side; null: as many as the cluster has room for, nodes that its autoscaler may add included."""
+    """Trials side by side; null: as many as the cluster has room for. Where an autoscaler adds nodes, say how many."""
     grace: Count = 1
     """Scores that a trial may have before it can be ended."""
     reduction: Annotated[float, Gt(1)] = 3.0

@@ -36,7 +36,7 @@ from simclr_ray.observe.console import Console
 from simclr_ray.search import finalists as final
 from simclr_ray.search import results
 from simclr_ray.search.page import Page, write_page
-from simclr_ray.search.preflight import possible_resources, require_dashboard, require_state_api
+from simclr_ray.search.preflight import require_dashboard, require_state_api
 from simclr_ray.search.probe import ProbeSet, read_probe
 from simclr_ray.search.progress import Progress, Told, listening
 from simclr_ray.search.propose import MODE, OBJECTIVE, domains, scheduler, searcher, side_by_side
@@ -200,11 +200,11 @@ def _tune(search: _Search) -> SearchResult:
 def _run(search: _Search) -> SearchResult:
     """With Ray."""
     console, spec, cluster = search.console, search.spec, search.config.cluster
-    count, why = side_by_side(spec, cluster, ray.cluster_resources(), possible_resources())
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    count, why = side_by_side(spec, cluster, ray.cluster_resources(), may_grow=bool(address))
     console.say(f"side by side: {count} ({why})")
     probe, measure = _probe(search)
     search.update(status="running", measure=measure)
-    address = cluster.address or os.environ.get("RAY_ADDRESS")
     trials = TrialPlan(
         search.path("trials"),
         search.config.model_copy(update={"cluster": cluster.model_copy(update={"address": address})}),

@@ -1,8 +1,8 @@
 """Faults inside train workers of a search, by the temperature of the trial they belong to.
 
 SIMCLR_RAY_SEARCH_FAULT="0.2=nan 0.5=crash 1.0=hang" lets the trial of temperature 0.2 see NaN in its images, that of
-0.5 lose its worker process and that of 1.0 sleep for ever, each after three steps. Python imports this at start when its
-folder is on PYTHONPATH. Nothing of it is in the package; the module under test is imported as it is, and two of its
+0.5 lose its worker process and that of 1.0 sleep for ever, each after three steps. Python imports this at start when
+its folder is on PYTHONPATH. Nothing of it is in the package; the module under test is imported as it is, and two of its
 functions wrapped.
 """
 

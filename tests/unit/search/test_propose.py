@@ -89,29 +89,36 @@ def test_each_scheduler_is_tunes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cluster", "resources", "possible", "asked", "expected"),
+    ("cluster", "resources", "asked", "expected"),
     [
-        ({"workers": 1}, {"CPU": 2.0}, None, None, 1),
-        ({"workers": 1}, {"CPU": 3.0}, None, None, 2),
-        ({"workers": 1}, {"CPU": 100.0}, None, None, 8),  # no more than there are trials
-        ({"workers": 1}, {"CPU": 3.0}, None, 5, 2),  # more would take the streams' CPU
-        ({"workers": 1}, {"CPU": 9.0}, None, 3, 3),
-        ({"workers": 2, "cpus_per_worker": 2, "data_cpus": 4}, {"CPU": 12.0}, None, None, 2),
-        ({"workers": 1, "use_gpu": True}, {"CPU": 9.0, "GPU": 2.0}, None, None, 2),
-        ({"workers": 1}, {"CPU": 1.0}, {"CPU": 5.0}, None, 4),  # the head of a cluster that grows
-        ({}, {"CPU": 9.0, "GPU": 4.0}, None, None, 1),  # null workers: one per GPU
+        ({"workers": 1}, {"CPU": 2.0}, None, 1),
+        ({"workers": 1}, {"CPU": 3.0}, None, 2),
+        ({"workers": 1}, {"CPU": 100.0}, None, 8),  # no more than there are trials
+        ({"workers": 1}, {"CPU": 3.0}, 5, 2),  # more would take the streams' CPU
+        ({"workers": 1}, {"CPU": 9.0}, 3, 3),
+        ({"workers": 2, "cpus_per_worker": 2, "data_cpus": 4}, {"CPU": 12.0}, None, 2),
+        ({"workers": 1, "use_gpu": True}, {"CPU": 9.0, "GPU": 2.0}, None, 2),
+        ({"workers": 1, "cpus_per_worker": 0.1, "data_cpus": 1}, {"CPU": 1.3}, None, 3),  # 0.3 / 0.1 is below 3
+        ({}, {"CPU": 9.0, "GPU": 4.0}, None, 1),  # null workers: one per GPU
     ],
 )
 def test_as_many_trials_as_have_room(
-    cluster: dict[str, Any], resources: dict[str, float], possible: dict[str, float] | None, asked: int | None,
-    expected: int,
-) -> None:  # fmt: skip
-    count, why = side_by_side(spec(max_concurrent=asked), ClusterConfig(**cluster), resources, possible)
+    cluster: dict[str, Any], resources: dict[str, float], asked: int | None, expected: int
+) -> None:
+    count, why = side_by_side(spec(max_concurrent=asked), ClusterConfig(**cluster), resources, may_grow=False)
     assert count == expected
-    assert f"{max(resources['CPU'], (possible or {}).get('CPU', 0)):g} CPUs" in why
+    assert f"{resources['CPU']:g} CPUs" in why
+
+
+def test_a_cluster_that_may_grow_is_taken_at_the_users_word() -> None:
+    count, why = side_by_side(spec(max_concurrent=5), ClusterConfig(workers=1), {}, may_grow=True)
+    assert count == 5
+    assert "room for 0: the others wait for nodes" in why
 
 
 def test_a_cluster_without_room_for_one_is_refused() -> None:
     words = re.escape("2 workers of 1 CPU, and 1 CPU for the streams")
     with pytest.raises(ClusterError, match=words):
-        side_by_side(spec(), ClusterConfig(workers=2), {"CPU": 2.0}, None)
+        side_by_side(spec(), ClusterConfig(workers=2), {"CPU": 2.0}, may_grow=False)
+    with pytest.raises(ClusterError, match=r"set cluster\.workers, and max_concurrent"):
+        side_by_side(spec(), ClusterConfig(workers=2), {}, may_grow=True)
