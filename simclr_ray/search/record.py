@@ -67,9 +67,22 @@ class TrialRecord:
         """Of its newest life."""
         return self.generations[-1].settings if self.generations else {}
 
-    def scored(self, generation: int, step: int) -> Score | None:
-        """The score of a checkpoint, if it was measured."""
-        return next((one for one in self.scores if (one.generation, one.step) == (generation, step)), None)
+    def life(self, folder: str, settings: Mapping[str, Any], pointer: Place | None) -> Generation:
+        """The life that goes on, or a new one where the trial was given other values or another's checkpoint.
+
+        Args:
+            folder: Of the trial.
+            settings: Its values now.
+            pointer: Where it was told to go on from; None where nothing was scored.
+        """
+        if self.generations:
+            mine = self.generations[-1]
+            begun_already = pointer in (None, mine.origin) or (pointer is not None and pointer.run == mine.run)
+            if mine.settings == settings and begun_already:
+                return mine
+        run = storage.join(folder, f"gen-{len(self.generations) + 1}")
+        self.generations.append(Generation(run, settings, pointer))
+        return self.generations[-1]
 
     def objective(self, measure: str) -> float:
         """Its last score, more is better; worst where there is none, or where it failed."""

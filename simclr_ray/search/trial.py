@@ -23,7 +23,7 @@ from ray import tune
 from simclr_ray import storage
 from simclr_ray.config import Config
 from simclr_ray.data.manifest import read_manifest
-from simclr_ray.errors import ClusterError, ConfigError, DataError, NumericsError, SimclrError
+from simclr_ray.errors import ClusterError, ConfigError, DataError, NumericsError, root_cause
 from simclr_ray.search.objective import better_is_more, score_checkpoint
 from simclr_ray.search.record import Generation, Place, Score, TrialRecord, read_record
 from simclr_ray.search.space import ObjectiveSpec, Settings, with_settings
@@ -170,11 +170,14 @@ class Trial(tune.Trainable):  # type: ignore[misc]
 
     def cleanup(self) -> None:
         """End the training, so that its workers and their placement group are gone before this process is."""
-        if self._training is not None:
-            self._training.stop(STOP_S)
+        if self._training is None:
+            return
+        if self._record.status == "finished":
+            self._training.wait(STOP_S)  # it is about to end by itself, and its run folder should say so
+        self._training.stop(STOP_S)
 
     def _begin(self) -> None:
-        mine = self._generation()
+        mine = self._record.life(self._folder, self._settings, self._pointer)
         self._record.status, self._record.why = "running", ""
         self._record.write(self._folder)
         config = self._config_of(mine)
@@ -183,18 +186,6 @@ class Trial(tune.Trainable):  # type: ignore[misc]
             # A life that began from another's checkpoint has scored nothing yet, or it was lost: it goes on from there.
             self._pointer = Place(self._run.uri, mine.origin.step if mine.origin else 0)
         self._training = Training(config, mine.origin)
-
-    def _generation(self) -> Generation:
-        """The life that goes on, or a new one where Tune gave this trial other values or another's checkpoint."""
-        generations, pointer = self._record.generations, self._pointer
-        if generations:
-            mine = generations[-1]
-            begun_already = pointer in (None, mine.origin) or (pointer is not None and pointer.run == mine.run)
-            if mine.settings == self._settings and begun_already:
-                return mine
-        run = storage.join(self._folder, f"gen-{len(generations) + 1}")
-        generations.append(Generation(run, self._settings, pointer))
-        return generations[-1]
 
     def _config_of(self, generation: Generation) -> Config:
         plan = self._plan
@@ -261,6 +252,8 @@ class Trial(tune.Trainable):  # type: ignore[misc]
                 f"step {step} was not measured within {self._plan.stall_s:g} s", where=self._run.uri,
                 fix="raise stall_s in the space, or ask for fewer images or less in objective.cpus",
             ) from None  # fmt: skip
+        except ray.exceptions.RayTaskError as error:
+            raise root_cause(error) or error from None
 
     def _trim(self) -> None:
         """Delete checkpoints before the newest that were measured."""
@@ -277,10 +270,3 @@ class Trial(tune.Trainable):  # type: ignore[misc]
     def _finish(self, status: Any, why: str) -> None:
         self._record.status, self._record.why = status, why
         self._record.write(self._folder)
-
-
-def first_line(error: BaseException | str) -> str:
-    """What an error says, on one line."""
-    text = error.what if isinstance(error, SimclrError) else str(error)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__

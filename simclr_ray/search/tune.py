@@ -161,6 +161,8 @@ def _look(search: _Search) -> None:
 
 def _identity(search: _Search) -> dict[str, Any]:
     evaluate = flat({"evaluate": search.config.evaluate.model_dump(mode="json")})
+    for key in ("evaluate.train", "evaluate.test"):
+        evaluate[key] = evaluate[key] and storage.normalise(evaluate[key])
     return identity(search.config, search.manifest.fingerprint) | evaluate
 
 
@@ -170,7 +172,8 @@ def _space_identity(spec: SearchSpec) -> dict[str, Any]:
         f"space.{key}": json.dumps({k: v for k, v in one.items() if v is not None})
         for key, one in values.pop("space").items()
     }
-    return space | {key: value for key, value in flat(values).items() if key not in FREE_FIELDS}
+    fields = {key: value for key, value in flat(values).items() if key not in FREE_FIELDS}
+    return space | fields | {"objective.data": spec.objective.data and storage.normalise(spec.objective.data)}
 
 
 def _tune(search: _Search) -> SearchResult:
@@ -224,7 +227,8 @@ def _run(search: _Search) -> SearchResult:
         raise ClusterError(
             f"all {len(records)} trials failed", where=search.folder,
             got=results.failures(records)[0] if records else "no trial that began",
-            fix="mend the cause and run the same command again",
+            fix="mend the cause; the same command tries again what failed for want of workers or storage, and in "
+            "another --folder all is tried again",
         )  # fmt: skip
     if spec.finalists:
         _finals(search, trials, chosen, count)

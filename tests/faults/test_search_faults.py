@@ -146,7 +146,7 @@ def test_row_48_trials_that_crash_hang_or_diverge_cost_only_themselves(data_set:
 
 
 @pytest.mark.slow
-def test_row_48_a_search_whose_trials_all_fail_says_so_and_can_go_on(data_set: Manifest, tmp_path: Path) -> None:
+def test_row_48_a_search_whose_trials_all_fail_says_so(data_set: Manifest, tmp_path: Path) -> None:
     folder = tmp_path / "search"
     config, space = files(folder, data_set, grid(0.1, 0.2))
     code, output = run(*tune_command(config, space, folder), fault="0.1=nan 0.2=nan")

@@ -50,6 +50,23 @@ def test_a_record_survives_its_file_with_nan_and_origins(tmp_path: Path) -> None
     assert [one.name for one in read_records(str(tmp_path))] == ["a"]
 
 
+def test_a_trial_goes_on_in_the_life_it_has_unless_it_is_given_other_values_or_anothers_checkpoint() -> None:
+    record, cool, warm = TrialRecord("a"), {KEY: 0.1}, {KEY: 0.2}
+    first = record.life("/x/a", cool, None)
+    assert first == Generation("/x/a/gen-1", cool, None)
+    assert record.life("/x/a", cool, None) is first  # restarted before its first score
+    assert record.life("/x/a", cool, Place("/x/a/gen-1", 5)) is first  # and after it
+    others = Place("/x/b/gen-1", 10)
+    second = record.life("/x/a", warm, others)
+    assert second == Generation("/x/a/gen-2", warm, others)
+    assert record.life("/x/a", warm, others) is second  # restarted before it scored anything
+    assert record.life("/x/a", warm, Place("/x/a/gen-2", 15)) is second
+    third = record.life("/x/a", warm, Place("/x/b/gen-1", 20))  # the same values, but from further on
+    assert third.run == "/x/a/gen-3"
+    again = record.life("/x/a", cool, Place("/x/a/gen-1", 5))  # Tune's state is older than the record
+    assert again == Generation("/x/a/gen-4", cool, Place("/x/a/gen-1", 5))
+
+
 def test_row_48_nan_failed_and_unscored_trials_are_worst() -> None:
     records = [
         trial("nan", math.nan),
