@@ -1,6 +1,6 @@
 """SimCLR on Ray: self-supervised image encoders from a bucket of unlabeled images.
 
-The verbs of the command line are functions here, with the same names: `pretrain`, `evaluate`, `pack`, `index`,
+The verbs of the command line are functions here, with the same names: `pretrain`, `tune`, `evaluate`, `pack`, `index`,
 `fetch_data`, `preview`, `embed`, `neighbours`, `export`, `import_weights`, `report`, and `load_encoder` for what a run
 learned. `nt_xent` is the loss alone and `two_views` the views alone, for any torch program. They are imported on first
 use, so that importing the package stays cheap and these two need no Ray.
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     )
     from simclr_ray.configure import load_config
     from simclr_ray.learn.nt_xent import nt_xent
+    from simclr_ray.search.tune import tune
     from simclr_ray.views.library import two_views
 
 _HOMES = {
@@ -49,6 +50,7 @@ _HOMES = {
     "nt_xent": "simclr_ray.learn.nt_xent",
     "preview": "simclr_ray.api",
     "report": "simclr_ray.api",
+    "tune": "simclr_ray.search.tune",
     "two_views": "simclr_ray.views.library",
 }
 
@@ -69,6 +71,7 @@ __all__ = [
     "pretrain",
     "preview",
     "report",
+    "tune",
     "two_views",
 ]
 

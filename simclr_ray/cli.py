@@ -42,6 +42,12 @@ def _pretrain(options: argparse.Namespace) -> None:
     Console().say(f"encoder: {result.folder}")
 
 
+def _tune(options: argparse.Namespace) -> None:
+    from simclr_ray.search.tune import tune
+
+    tune(options.config, options.space, options.folder, options.set)
+
+
 def _evaluate(options: argparse.Namespace) -> None:
     from simclr_ray.evaluate.evaluate import evaluate
 
@@ -261,6 +267,12 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("config", help="YAML file")
     _overrides(verb, "train.global_batch=512")
     verb.add_argument("--fresh", action="store_true", help="remove what an earlier run left in run.folder, start again")
+
+    verb = _verb(verbs, "tune", _tune, "search settings: trials by Ray Tune, each a training of its own")
+    verb.add_argument("config", help="YAML file of what all trials have in common")
+    verb.add_argument("--space", required=True, help="YAML file of what is searched, such as jobs/spaces/full.yaml")
+    verb.add_argument("--folder", required=True, help="of the search, local or s3://; the same one continues it")
+    _overrides(verb, "train.epochs=10")
 
     verb = _verb(verbs, "evaluate", _evaluate, "measure what a run learned: kNN, linear probe, RankMe, pictures")
     verb.add_argument("run", help="run folder, local or s3://")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,10 +53,10 @@ def load_config(source: ConfigSource = None, overrides: Sequence[str] = ()) -> C
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        problems += [_describe(one) for one in error.errors(include_url=False)]
+        problems += [describe(one, all_keys()) for one in error.errors(include_url=False)]
     problems += cross_checks(values)
     if problems:
-        raise _listing(problems)
+        raise listing(problems, "the configuration")
     return config
 
 
@@ -131,6 +131,15 @@ def _read(source: ConfigSource) -> dict[str, Any]:
         return {}
     if isinstance(source, Config):
         return source.model_dump(mode="json")
+    return read_mapping(source)
+
+
+def read_mapping(source: Mapping[str, Any] | str | Path) -> dict[str, Any]:
+    """Sections of a YAML file, or a copy of a mapping.
+
+    Raises:
+        ConfigError: there is no such file, it is too large, or it holds something else.
+    """
     if isinstance(source, Mapping):
         return cast(dict[str, Any], json.loads(json.dumps(source, default=os.fspath)))
     path = Path(source)
@@ -177,22 +186,25 @@ def _apply_override(values: dict[str, Any], override: str) -> str | None:
     return None
 
 
-def _describe(error: Mapping[str, Any]) -> str:
+def describe(error: Mapping[str, Any], keys: Iterable[str]) -> str:
+    """One of pydantic's errors as a line: the key's full path, what was got, what was expected; `keys` are all."""
     path = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         if is_credential_name(path.rpartition(".")[2]):
             return f"{path} is no key: {_NO_CREDENTIALS}"
-        return f"{path}: unknown key{_suggestion(path)}"
+        return f"{path}: unknown key{suggestion(path, keys)}"
+    if error["type"] == "value_error" and isinstance(error["input"], Mapping):  # of a section, whose values may be many
+        return f"{path + ': ' if path else ''}{str(error['msg']).removeprefix('Value error, ')}"
     message = str(error["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
     return f"{path}: got {error['input']!r}, expected {message}"
 
 
-def _suggestion(path: str) -> str:
-    """Nearest known key: the same leaf in another section first, else the closest spelling."""
-    keys = list(all_keys())
+def suggestion(path: str, keys: Iterable[str] | None = None) -> str:
+    """Nearest of the known keys: the same leaf in another section first, else the closest spelling."""
+    keys = list(all_keys() if keys is None else keys)
     leaf = path.rpartition(".")[2]
     moved = [key for key in keys if key.rpartition(".")[2] == leaf]
-    foreign = [FOREIGN_NAMES[leaf]] if leaf in FOREIGN_NAMES else []
+    foreign = [FOREIGN_NAMES[leaf]] if FOREIGN_NAMES.get(leaf) in keys else []
     near = moved or foreign or difflib.get_close_matches(path, keys, n=1, cutoff=0.6)
     if not near:
         leaves = {key.rpartition(".")[2]: key for key in keys}
@@ -200,7 +212,8 @@ def _suggestion(path: str) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-def _listing(problems: Sequence[str]) -> ConfigError:
+def listing(problems: Sequence[str], where: str) -> ConfigError:
+    """All mistakes as one error."""
     count = "1 mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
     lines = "\n".join(f"  {storage.redact(line)}" for line in problems)  # they quote values, which may hold a key
-    return ConfigError(f"{count} in the configuration:\n{lines}")
+    return ConfigError(f"{count} in {where}:\n{lines}")

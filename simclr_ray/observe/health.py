@@ -43,6 +43,43 @@ def rankme(z: Tensor, eps: float = 1e-7) -> float:
 
 
 @torch.no_grad()
+def lidar(views: Tensor, delta: float = 1e-4, eps: float = 1e-7) -> float:
+    """Effective rank of what tells images apart, measured against what tells views of one image apart.
+
+    Each image is a class, its views are the samples of it. With S_b the covariance of the images' means and S_w that of
+    the views about their image's mean plus delta I, LiDAR = exp(-sum_k p_k log p_k) of the eigenvalues l_k of
+    S_w^-1/2 S_b S_w^-1/2, p_k = l_k / ||l||_1 + eps (Thilak et al. 2023, "LiDAR: Sensing Linear Probing Performance in
+    Joint Embedding SSL Architectures", section 4, with the paper's delta). Directions in which images differ no more
+    than their own views do count little, which RankMe does not see.
+
+    Args:
+        views: embeddings, (n, q, d): q >= 2 views of each of n >= 2 images. The paper takes 50 views; of fewer, S_w is
+            known less well, where n (q - 1) < d only up to delta.
+        delta: the paper's regularisation of S_w.
+        eps: as in RankMe.
+
+    Returns:
+        From 1 to min(n - 1, d), or NaN when `views` is not finite.
+    """
+    assert views.ndim == 3, f"want (n, q, d), got {tuple(views.shape)}"
+    num_images, num_views, width = views.shape
+    assert num_images >= 2, "one image differs from no other"
+    assert num_views >= 2, "one view differs from no other"
+    views = views.double()
+    if not bool(torch.isfinite(views).all()):
+        return math.nan
+    means = views.mean(dim=1)  # (n, d)
+    between = (means - means.mean(dim=0)) / math.sqrt(num_images)  # (n, d), S_b = between^T between
+    within = ((views - means[:, None]) / math.sqrt(num_images * num_views)).flatten(0, 1)  # (n q, d)
+    s_w = within.T @ within + delta * torch.eye(width, dtype=views.dtype, device=views.device)
+    # L^-1 S_b L^-T with S_w = L L^T has the eigenvalues of S_w^-1/2 S_b S_w^-1/2: squares of singular values here.
+    whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(s_w), between.T, upper=False)  # (d, n)
+    eigenvalues = torch.linalg.svdvals(whitened).square()
+    p = eigenvalues / eigenvalues.sum().clamp(min=torch.finfo(eigenvalues.dtype).tiny) + eps
+    return float(torch.exp(-(p * p.log()).sum()))
+
+
+@torch.no_grad()
 def alignment(x: Tensor, y: Tensor, alpha: float = 2.0) -> float:
     """Mean distance of positive pairs on the unit sphere, to the power `alpha` (Wang & Isola 2020, eq. 1).
 

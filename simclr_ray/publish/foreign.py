@@ -107,7 +107,7 @@ def from_tf2(names: Sequence[str], read: Callable[[str], np.ndarray], where: str
         raise DataError("parts of the encoder are not known", where=where, got=_some(unknown))
     if "layer1.0.downsample.0.weight" in encoder and "layer1.0.conv3.weight" not in encoder:
         raise DataError(
-            "ResNet-18 of Google's code has a projection in its first block, torchvision's and this project's have none",
+            "ResNet-18 of Google's code has a projection in its first block, torchvision's and ours have none",
             where=where, expected="ResNet-50",
         )  # fmt: skip
     head = f"{root}_projection_head/"

@@ -20,7 +20,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from simclr_ray import storage
-from simclr_ray.errors import StorageError
+from simclr_ray.errors import DataError, StorageError
 from simclr_ray.version import __version__
 
 FORMAT = 1
@@ -59,13 +59,18 @@ def save(folder: str, checkpoint: Checkpoint) -> None:
     Raises:
         StorageError: it could not be written; what was written is removed again as far as the store lets us.
     """
-    target = storage.join(folder, folder_name(checkpoint.step))
-    _discard(target)  # what an earlier save of the same step left behind, whole or not
     state = {"format": FORMAT, "step": checkpoint.step, **checkpoint.facts}
+    target = storage.join(folder, folder_name(checkpoint.step))
+    _publish(target, lambda name: _encoded(name, checkpoint, state))
+
+
+def _publish(target: str, content: Callable[[str], bytes]) -> None:
+    """Write each of `FILES`, then the marker; what cannot be finished is removed as far as the store lets us."""
+    _discard(target)  # what an earlier save of the same step left behind, whole or not
     vouched = {}
     try:
         for name in FILES:  # one at a time: a large model's bytes are in memory once, beside its tensors
-            data = _encoded(name, checkpoint, state)
+            data = content(name)
             storage.write_bytes(storage.join(target, name), data)
             vouched[name] = {"bytes": len(data), "digest": storage.digest(data)}
         marker = json.dumps({"format": FORMAT, "files": vouched}, indent=1).encode()
@@ -74,6 +79,38 @@ def save(folder: str, checkpoint: Checkpoint) -> None:
         with contextlib.suppress(StorageError):
             _discard(target)
         raise
+
+
+def copy(source: str, step: int, target: str, *, manifest: str) -> Checkpoint:
+    """Copy a committed checkpoint into another run, byte for byte, every digest verified on the way.
+
+    Args:
+        source: The `checkpoints/` to take it from.
+        step: Of the checkpoint.
+        target: The `checkpoints/` to put it in.
+        manifest: Fingerprint of the target's data set: a position means nothing in another one.
+
+    Raises:
+        StorageError: it is not whole, or cannot be read or written.
+        DataError: it was made from another data set.
+    """
+    try:
+        files = _verified(storage.join(source, folder_name(step)))
+        found = _parsed(source, step, files)
+    except InvalidCheckpoint as error:
+        have = ", ".join(map(str, committed_steps(source))) or "none"
+        raise StorageError(
+            f"no valid checkpoint of step {step} to begin from: {error}", where=source, got=f"steps {have}"
+        ) from None
+    if found.facts.get("manifest") != manifest:
+        raise DataError(
+            "the checkpoint to begin from was made from another data set",
+            where=source,
+            got=str(found.facts.get("manifest")),
+            expected=manifest,
+        )
+    _publish(storage.join(target, folder_name(step)), lambda name: files[name])
+    return found
 
 
 def snapshot(checkpoint: Checkpoint) -> Checkpoint:
@@ -103,8 +140,11 @@ def load(folder: str, step: int) -> Checkpoint:
         InvalidCheckpoint: it is not whole.
         StorageError: it was written by a newer version, or cannot be read.
     """
+    return _parsed(folder, step, _verified(storage.join(folder, folder_name(step))))
+
+
+def _parsed(folder: str, step: int, files: Mapping[str, bytes]) -> Checkpoint:
     target = storage.join(folder, folder_name(step))
-    files = _verified(target)
     try:
         state = json.loads(files["state.json"])
         model, optimizer = load_tensors(files["model.safetensors"]), load_tensors(files["optimizer.safetensors"])
@@ -166,6 +206,12 @@ def expired(committed: Sequence[int], *, keep: int) -> list[int]:
     return sorted(committed)[:-keep]
 
 
+def forget(folder: str, steps: Sequence[int]) -> None:
+    """Delete the checkpoints of these steps."""
+    for step in steps:
+        _discard(storage.join(folder, folder_name(step)))
+
+
 def prune(folder: str, *, keep: int) -> None:
     """Delete expired checkpoints, and what interrupted saves before the newest committed one left behind.
 
@@ -175,8 +221,7 @@ def prune(folder: str, *, keep: int) -> None:
     committed = committed_steps(folder)
     gone = set(expired(committed, keep=keep))
     gone |= {step for step in _steps(folder) if committed and step < committed[-1] and step not in committed}
-    for step in sorted(gone):
-        _discard(storage.join(folder, folder_name(step)))
+    forget(folder, sorted(gone))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:

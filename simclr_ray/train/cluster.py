@@ -61,8 +61,14 @@ core makes 0.4 to 0.7 of it at 1024 x 768, a CPU of a cloud is often half a core
 
 
 @contextlib.contextmanager
-def connected(config: ClusterConfig) -> Iterator[None]:
+def connected(config: ClusterConfig, *, runs: int = 1, state_api: bool = False) -> Iterator[None]:
     """Hold a Ray connection; what was started here is stopped at the end, what was there before stays.
+
+    Args:
+        config: Of the cluster.
+        runs: Trainings side by side that a local Ray is declared with room for.
+        state_api: Start a local Ray with its dashboard, and let every process know its address: Ray's State API needs
+            both where several Rays run on a machine.
 
     The storage settings of this process reach all tasks and actors: a local cluster inherits its environment, to a
     running one they go as the job's `env_vars`. Credentials do not travel; each node has its own.
@@ -80,16 +86,18 @@ def connected(config: ClusterConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.start_timeout_s)
     calm: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    hook = {"worker_process_setup_hook": "simclr_ray.train.cluster.know_address"} if state_api else {}
     address = config.address or os.environ.get("RAY_ADDRESS")
     try:
         if address:
             _probe(address)
             settings = storage.environment(storage.current()) | told_whom_to_ask(address)
-            ray.init(address=address, runtime_env={"env_vars": settings}, **calm)
+            ray.init(address=address, runtime_env={"env_vars": settings, **hook}, **calm)
         else:
-            with asking_nobody():
+            cpus = local_cpus(config, runs)
+            with contextlib.nullcontext() if state_api else asking_nobody():
                 # "local": without it, Ray would join any cluster that somebody has started on this machine.
-                ray.init(address="local", num_cpus=local_cpus(config), include_dashboard=False, **calm)
+                ray.init(address="local", num_cpus=cpus, include_dashboard=state_api, runtime_env=hook or None, **calm)
     except (ConnectionError, ValueError, ray.exceptions.RayError) as error:
         if _token_refused(error):
             raise ClusterError(
@@ -288,9 +296,15 @@ def draining_nodes() -> frozenset[str]:
         return frozenset()  # another version of Ray's: only the extra checkpoint is lost
 
 
-def local_cpus(config: ClusterConfig) -> int:
+def know_address() -> None:
+    """In each worker process of a job: name the cluster it belongs to, for libraries that look it up by themselves."""
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+
+
+def local_cpus(config: ClusterConfig, runs: int = 1) -> int:
     """CPUs to declare for a local cluster: the machine's, or more where workers and stream need more."""
-    return max(usable_cores(), math.ceil((config.workers or 1) * config.cpus_per_worker) + config.data_cpus)
+    needed = math.ceil(runs * (config.workers or 1) * config.cpus_per_worker) + config.data_cpus
+    return max(usable_cores(), needed)
 
 
 def usable_cores() -> int:

@@ -69,15 +69,34 @@ class RunResult:
     """The last record; empty when the run was finished already."""
 
 
-def pretrain(config: ConfigSource = None, overrides: Sequence[str] = (), *, fresh: bool = False) -> RunResult:
+@dataclass(frozen=True)
+class Origin:
+    """Another run's checkpoint to begin from: weights, optimizer and position in the data."""
+
+    folder: str
+    """Run folder that holds it."""
+    step: int
+
+
+def pretrain(
+    config: ConfigSource = None,
+    overrides: Sequence[str] = (),
+    *,
+    fresh: bool = False,
+    origin: Origin | None = None,
+    stop: threading.Event | None = None,
+) -> RunResult:
     """Train an encoder; run it again with the same `run.folder` and it continues where it stands.
 
     Args:
         config: A YAML file, a mapping, or a `Config`.
         overrides: Such as `["train.global_batch=512"]`, applied on top.
         fresh: Remove what an earlier run left in `run.folder` and start again.
+        origin: Where to begin; it counts only until the run has a checkpoint of its own.
+        stop: Once it is set, from any thread, all ranks save at the next step and end, as after Ctrl-C.
 
     Raises:
+        KeyboardInterrupt: it was stopped.
         ConfigError: a setting cannot work, or another driver holds the run folder (before Ray starts).
         DataError: the data set is missing, broken or changed, or too many images were rejected.
         ClusterError: Ray, its resources or its workers failed for good.
@@ -97,13 +116,19 @@ def pretrain(config: ConfigSource = None, overrides: Sequence[str] = (), *, fres
     with hold(run.uri, console.say) as lock:
         if fresh:
             start_afresh(run)
-        return _pretrain(settings, manifest, derived, console, lock)
+        return _pretrain(settings, manifest, derived, console, lock, origin, stop or threading.Event())
 
 
-def _pretrain(settings: Config, manifest: Manifest, derived: Derived, console: Console, lock: RunLock) -> RunResult:
+def _pretrain(
+    settings: Config, manifest: Manifest, derived: Derived, console: Console, lock: RunLock, origin: Origin | None,
+    stop: threading.Event,
+) -> RunResult:  # fmt: skip
     """With the run folder held."""
     run, existed = open_run(settings, derived, manifest.fingerprint, say=console.say)
     newest = ckpt.load_newest(run.checkpoints, console.say)
+    if newest is None and origin is not None:
+        newest = _begin_from(origin, run, manifest)
+        console.say(f"begins from step {origin.step} of {origin.folder}")
     done = newest.step if newest else 0
     if done >= derived.total_steps:
         console.say(f"{run.uri}: finished already, {done} steps; nothing to do")
@@ -127,8 +152,20 @@ def _pretrain(settings: Config, manifest: Manifest, derived: Derived, console: C
         )  # fmt: skip
         console.say(f"views: {how_views_are_made(where)}, going by the driver's machine ({why})")
         note_views(run, maker=maker(), where=where, say=console.say)
-        setup = _Setup(settings, manifest, derived, run, console, lock, workers, use_gpu, where)
+        setup = _Setup(settings, manifest, derived, run, console, lock, workers, use_gpu, where, stop)
         return _run(setup)
+
+
+def _begin_from(origin: Origin, run: RunFolder, manifest: Manifest) -> ckpt.Checkpoint:
+    """Copy another run's checkpoint here, and note in `run.json` where it came from.
+
+    Raises:
+        StorageError: it is not whole.
+        DataError: it was made from another data set.
+    """
+    source = RunFolder(storage.normalise(origin.folder))
+    run.update(origin={"folder": source.uri, "step": origin.step})
+    return ckpt.copy(source.checkpoints, origin.step, run.checkpoints, manifest=manifest.fingerprint)
 
 
 @dataclass(frozen=True)
@@ -144,6 +181,7 @@ class _Setup:
     workers: int
     use_gpu: bool
     where: Where
+    stop: threading.Event
 
 
 def _run(setup: _Setup) -> RunResult:
@@ -200,6 +238,8 @@ def _fit(setup: _Setup, desk: Any, keeper: Keeper) -> NonFiniteStepError | None:
     thread.start()
     while thread.is_alive():
         thread.join(POLL_S)
+        if setup.stop.is_set() and not keeper.stopping:
+            keeper.stop()
         keeper.look()
     keeper.look()
     error, fatal = outcome[0], ray.get(desk.fatal.remote())

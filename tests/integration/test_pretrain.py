@@ -29,7 +29,7 @@ from simclr_ray.data.shards import ImageRow
 from simclr_ray.errors import ConfigError, DataError, NumericsError
 from simclr_ray.observe.metrics import read_jsonl
 from simclr_ray.train.checkpoint import committed_steps, load
-from simclr_ray.train.pretrain import pretrain
+from simclr_ray.train.pretrain import Origin, pretrain
 from simclr_ray.train.run import RunFolder, read_quarantine
 from simclr_ray.views.make import maker
 from tests.conftest import make_data_set, real_rows, small_run
@@ -204,6 +204,33 @@ def test_a_diverged_run_stops_before_its_weights_are_saved(local_ray: None, data
     with pytest.raises(NumericsError, match="diverged"):
         pretrain(settings(tmp_path / "run", data_set, optim__base_learning_rate=1e38, optim__name="adamw"))
     assert committed_steps(str(tmp_path / "run" / "checkpoints")) == []
+
+
+def test_a_run_that_begins_from_anothers_checkpoint_takes_its_weights_and_its_place_in_the_data(
+    undisturbed: Path, data_set: Manifest, tmp_path: Path
+) -> None:
+    """By the same settings it is the same curve from there on; its own checkpoints count once it has some."""
+    whole = [record.values["train/loss"] for record in read_jsonl(undisturbed / "metrics.jsonl")]
+    step = committed_steps(str(undisturbed / "checkpoints"))[0]
+    origin = Origin(str(undisturbed), step)
+    pretrain(settings(tmp_path / "run", data_set), origin=origin)
+    records = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert [record.step for record in records] == list(range(step + 1, STEPS + 1))
+    assert [record.values["train/loss"] for record in records] == whole[step:]
+    again = pretrain(settings(tmp_path / "run", data_set), origin=Origin(str(tmp_path / "gone"), 1))
+    assert again.metrics == {}  # finished: where it began is not looked at any more
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_can_go_on(local_ray: None, data_set: Manifest, tmp_path: Path) -> None:
+    folder, stop = tmp_path / "run", threading.Event()
+    thread = threading.Thread(target=when(lambda: (folder / "metrics.jsonl").exists(), stop.set))
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(settings(folder, data_set, train__checkpoint_every=10_000, train__steps=20_000), stop=stop)
+    thread.join()
+    steps = [record.step for record in read_jsonl(folder / "metrics.jsonl")]
+    assert committed_steps(str(folder / "checkpoints")) == [steps[-1]]
+    assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
 
 
 def when(condition: Callable[[], bool], act: Callable[[], None], timeout_s: float = 120.0) -> Callable[[], None]:

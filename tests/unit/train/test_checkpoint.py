@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simclr_ray import storage
-from simclr_ray.errors import StorageError
+from simclr_ray.errors import DataError, StorageError
 from simclr_ray.learn.optim import make_optimizer, set_learning_rate
 from simclr_ray.train import checkpoint as ckpt
 
@@ -172,3 +172,35 @@ def test_an_optimizer_goes_on_as_if_never_stopped(tmp_path: Path, name: str) -> 
         step(model, optimizer, seed)
     for name_, value in whole.state_dict().items():
         assert torch.equal(value, model.state_dict()[name_]), name_
+
+
+def test_a_copy_is_the_same_to_the_byte_and_a_checkpoint_of_its_new_run(tmp_path: Path) -> None:
+    source, target = str(tmp_path / "a"), str(tmp_path / "b")
+    ckpt.save(source, state(4))
+    ckpt.save(source, state(8))
+    found = ckpt.copy(source, 4, target, manifest="f")
+    assert found.step == 4
+    assert ckpt.committed_steps(target) == [4]
+    for name in (*ckpt.FILES, ckpt.COMMIT_NAME):
+        one, other = (Path(place) / ckpt.folder_name(4) / name for place in (source, target))
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_copy_of_a_damaged_or_absent_checkpoint_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    source, target = str(tmp_path / "a"), str(tmp_path / "b")
+    ckpt.save(source, state(4))
+    weights = tmp_path / "a" / ckpt.folder_name(4) / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # as many bytes, another content
+    with pytest.raises(StorageError, match="no valid checkpoint of step 4"):
+        ckpt.copy(source, 4, target, manifest="f")
+    with pytest.raises(StorageError, match="no valid checkpoint of step 5"):
+        ckpt.copy(source, 5, target, manifest="f")
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_copy_into_a_run_of_another_data_set_is_refused(tmp_path: Path) -> None:
+    ckpt.save(str(tmp_path / "a"), state(4))
+    with pytest.raises(DataError, match="another data set"):
+        ckpt.copy(str(tmp_path / "a"), 4, str(tmp_path / "b"), manifest="g")
+    assert not (tmp_path / "b").exists()

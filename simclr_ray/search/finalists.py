@@ -1,0 +1,96 @@
+"""Whether the winner won: the best trials and the given configuration, trained again by seeds of their own.
+
+The best of many noisy trials is in part the luckiest, so the scores that chose it say too much of it; these do not.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from simclr_ray.search.objective import WORST
+from simclr_ray.search.record import TrialRecord
+from simclr_ray.search.space import SearchSpec
+
+GIVEN = "as given"
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """One configuration and what its repetitions gave; more is better."""
+
+    name: str
+    """Of its trial, or `as given`."""
+    settings: Mapping[str, Any]
+    values: tuple[float, ...]
+    """The objective, a seed each; failed ones are left out."""
+    failed: int = 0
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds; NaN where all failed."""
+        return statistics.fmean(self.values) if self.values else math.nan
+
+    @property
+    def spread(self) -> float:
+        """Sample standard deviation over the seeds; NaN for fewer than two."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else math.nan
+
+
+def choose(records: Sequence[TrialRecord], measure: str, count: int) -> list[TrialRecord]:
+    """The best trials, best first, no two of the same settings; trials without a finite score are none."""
+    ranked = sorted(records, key=lambda one: one.objective(measure), reverse=True)
+    chosen: list[TrialRecord] = []
+    for one in ranked:
+        if len(chosen) < count and one.objective(measure) > WORST and one.settings not in [c.settings for c in chosen]:
+            chosen.append(one)
+    return chosen
+
+
+def cases(chosen: Sequence[tuple[str, Mapping[str, Any]]], spec: SearchSpec, seed: int) -> list[tuple[str, Any]]:
+    """Name and settings of each repetition; seeds that the search itself did not train with."""
+    everyone = [(GIVEN, {}), *chosen]
+    return [
+        (f"{name.replace(' ', '-')}-seed-{seed + repetition}", {**settings, "run.seed": seed + repetition})
+        for name, settings in everyone
+        for repetition in range(1, spec.seeds + 1)
+    ]
+
+
+def summarise(
+    chosen: Sequence[tuple[str, Mapping[str, Any]]], records: Sequence[TrialRecord], measure: str
+) -> list[Finalist]:
+    """Finalists, best mean first; those that failed throughout last."""
+    found = []
+    for name, settings in ((GIVEN, {}), *chosen):
+        mine = [one for one in records if one.name.startswith(name.replace(" ", "-") + "-seed-")]
+        values = [one.objective(measure) for one in mine]
+        good = tuple(value for value in values if value > WORST)
+        found.append(Finalist(name, settings, good, len(mine) - len(good)))
+    return sorted(found, key=lambda one: -math.inf if math.isnan(one.mean) else one.mean, reverse=True)
+
+
+def verdict(finalists: Sequence[Finalist]) -> str:
+    """Whether the first one's lead over the second exceeds their spread over seeds, in words."""
+    good = [one for one in finalists if one.values]
+    if not good:
+        return "no finalist could be trained again; nothing is known of the winner but its one score"
+    if len(good) < 2:
+        return f"{good[0].name} is the only finalist that could be trained again"
+    first, second = good[:2]
+    lead = first.mean - second.mean
+    if math.isnan(first.spread) or math.isnan(second.spread):
+        return (
+            f"{first.name} leads {second.name} by {lead:.4g}; with one seed each, nobody knows whether that is more "
+            "than chance (seeds)"
+        )
+    spread = math.sqrt((first.spread**2 + second.spread**2) / 2)
+    words = "exceeds" if lead > spread else "does not exceed"
+    end = "" if lead > spread else ": take them for equal, or repeat with more seeds"
+    return (
+        f"{first.name} leads {second.name} by {lead:.4g}, which {words} the spread over {len(first.values)} seeds, "
+        f"{spread:.4g}{end}"
+    )

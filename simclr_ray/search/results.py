@@ -1,0 +1,149 @@
+"""What a search leaves in its folder: the best configuration, a table of all scores, and sentences for people."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from simclr_ray import storage
+from simclr_ray.config import Config
+from simclr_ray.configure import load_config, to_yaml
+from simclr_ray.search.finalists import Finalist
+from simclr_ray.search.objective import LOWER_IS_BETTER, agreement
+from simclr_ray.search.record import TrialRecord
+from simclr_ray.search.space import LABELLED, MEASURES, Settings
+
+SHOWN = 20
+"""Trials in the console's table."""
+FEW = 4
+"""Trials below which a rank correlation is not worth a line."""
+
+
+def write_best(folder: str, config: Config, settings: Settings) -> str:
+    """Write `best.yaml`, which `pretrain` takes as it is; its run goes into `best/` of the search.
+
+    Args:
+        folder: Of the search.
+        config: As given.
+        settings: The winner's.
+
+    Returns:
+        Where it is.
+    """
+    values = config.model_dump(mode="json", exclude_unset=True)
+    for section, name in (("data", "train"), ("evaluate", "train"), ("evaluate", "test")):
+        if values.get(section, {}).get(name):
+            values[section][name] = storage.normalise(values[section][name])
+    chosen = {**settings, "run.folder": storage.join(folder, "best")}
+    best = load_config(values, [f"{key}={json.dumps(value)}" for key, value in chosen.items() if key != "run.seed"])
+    uri = storage.join(folder, "best.yaml")
+    storage.write_bytes(uri, to_yaml(best.model_dump(mode="json", exclude_unset=True)).encode())
+    return uri
+
+
+def write_table(folder: str, records: Sequence[TrialRecord], keys: Sequence[str]) -> str:
+    """Write `trials.parquet`: a row for each score, and one for a trial that has none.
+
+    Columns: `trial`, `status`, `why`, `generation`, `step`, `samples_seen`, `seconds`, the keys of the space, and the
+    measures. Values of choices that are of several types are written as their JSON.
+    """
+    rows: list[dict[str, Any]] = []
+    for one in records:
+        about = {"trial": one.name, "status": one.status, "why": one.why}
+        if not one.scores:
+            rows.append(about | {key: one.settings.get(key) for key in keys})
+        for score in one.scores:
+            settings = one.generations[score.generation - 1].settings
+            rows.append(
+                about
+                | {"generation": score.generation, "step": score.step, "samples_seen": score.samples_seen}
+                | {"seconds": score.seconds}
+                | {key: settings.get(key) for key in keys}
+                | dict(score.measures)
+            )
+    names = ["trial", "status", "why", "generation", "step", "samples_seen", "seconds", *keys, *MEASURES]
+    columns = {name: _column([row.get(name) for row in rows]) for name in names}
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns), buffer, compression="zstd")
+    uri = storage.join(folder, "trials.parquet")
+    storage.write_bytes(uri, buffer.getvalue())
+    return uri
+
+
+def _column(values: list[Any]) -> pa.Array:
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return pa.array([json.dumps(value) for value in values])
+
+
+def ranked(records: Sequence[TrialRecord], measure: str) -> list[TrialRecord]:
+    """Best first."""
+    return sorted(records, key=lambda one: one.objective(measure), reverse=True)
+
+
+def trial_rows(records: Sequence[TrialRecord], keys: Sequence[str], measure: str) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the console's table, best first."""
+    header = ["trial", *(key.partition(".")[2] for key in keys), "step", named(measure), "status"]
+    rows = []
+    for one in ranked(records, measure)[:SHOWN]:
+        last = one.scores[-1] if one.scores else None
+        value = shown(last.measures.get(measure)) if last else "-"
+        settings = (shown(one.settings.get(key)) for key in keys)
+        rows.append([one.name, *settings, str(last.step) if last else "-", value, one.status])
+    return header, rows
+
+
+def finalist_rows(
+    finalists: Sequence[Finalist], keys: Sequence[str], measure: str
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the finalists' table."""
+    header = ["trained again", *(key.partition(".")[2] for key in keys), named(measure), "seeds"]
+    sign = -1 if measure in LOWER_IS_BETTER else 1
+    rows = []
+    for one in finalists:
+        spread = "" if math.isnan(one.spread) else f" +- {shown(one.spread)}"
+        failed = f" ({one.failed} failed)" if one.failed else ""
+        values = [shown(one.settings.get(key, "given")) for key in keys]
+        rows.append([one.name, *values, shown(sign * one.mean) + spread, f"{len(one.values)}{failed}"])
+    return header, rows
+
+
+def named(measure: str) -> str:
+    """A measure with its direction, where less is better."""
+    return f"{measure} (less is better)" if measure in LOWER_IS_BETTER else measure
+
+
+def shown(value: Any) -> str:
+    """A value for a table."""
+    if isinstance(value, float):
+        return "-" if math.isnan(value) else f"{value:.4g}"
+    return "-" if value is None else str(value)
+
+
+def failures(records: Sequence[TrialRecord]) -> list[str]:
+    """A line for each trial that failed."""
+    return [f"trial {one.name} failed: {' '.join(one.why.split())[:300]}" for one in records if one.status == "failed"]
+
+
+def label_free_lines(records: Sequence[TrialRecord]) -> list[str]:
+    """How well each label-free measure ranked the trials against the labelled ones; none without labels."""
+    whole = [one for one in records if one.status == "finished" and one.scores]
+    compared, which = (whole, "trials of full length") if len(whole) >= FEW else (
+        [one for one in records if one.scores and one.status != "failed"], "trials, of unequal length",
+    )  # fmt: skip
+    lasts: list[Mapping[str, float | None]] = [one.scores[-1].measures for one in compared]
+    if len(compared) < FEW or not all(LABELLED[0] in one for one in lasts):
+        return []
+    found = {labelled: agreement(lasts, labelled) for labelled in LABELLED}
+    lines = [f"rank correlation (Spearman) of what needs no labels with what does, over {len(compared)} {which}:"]
+    for name in found[LABELLED[0]]:
+        values = ", ".join(f"{shown(found[labelled][name])} with {labelled}" for labelled in LABELLED)
+        lines.append(f"  {name}: {values}")
+    return lines

@@ -1,0 +1,404 @@
+"""The verb `tune`: check all, let Ray Tune propose and end trials, train the best again, leave results.
+
+```
+search.json      the space and the configuration it belongs to, status
+trials/ID/       trial.json and a run folder for each life, gen-1, gen-2, ...
+finalists/NAME/  the same, of repetitions; finalists.json says of what
+best.yaml        trials.parquet     search.html
+tune/            Ray Tune's own state
+```
+
+Running it again with the same folder continues it; a search that is done is not repeated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune as ray_tune
+from ray.tune.search import Searcher
+from ray.tune.search.basic_variant import BasicVariantGenerator
+
+from simclr_ray import storage
+from simclr_ray.config import Config
+from simclr_ray.configure import ConfigSource, flat, load_config, use_storage
+from simclr_ray.data.manifest import Manifest, read_manifest
+from simclr_ray.errors import ClusterError, ConfigError, root_cause
+from simclr_ray.observe.console import Console
+from simclr_ray.search import finalists as final
+from simclr_ray.search import results
+from simclr_ray.search.page import Page, write_page
+from simclr_ray.search.preflight import require_dashboard, require_state_api
+from simclr_ray.search.probe import ProbeSet, read_probe
+from simclr_ray.search.progress import Progress, Told, listening
+from simclr_ray.search.propose import MODE, OBJECTIVE, domains, scheduler, searcher, side_by_side
+from simclr_ray.search.record import TrialRecord, read_records
+from simclr_ray.search.space import FREE_FIELDS, LABELLED, SearchSpec, check_space, labelled_named, load_space
+from simclr_ray.search.trial import MEMORY_BYTES, Rungs, Trial, TrialPlan
+from simclr_ray.train.cluster import connected, prints_logged, refuse_other_versions
+from simclr_ray.train.derive import derive, limits_of, policy_of
+from simclr_ray.train.keeper import graceful_stop
+from simclr_ray.train.lock import LOCK_NAME, hold
+from simclr_ray.train.run import compare, identity
+
+FORMAT = 1
+SEARCH, FINALISTS = "search.json", "finalists.json"
+TRIES = 1
+"""Times that a trial whose process or workers were lost is begun again, beyond what its training does by itself."""
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found."""
+
+    folder: str
+    best: Mapping[str, Any]
+    """Values of the winner; empty where the given configuration was not beaten."""
+    measure: str
+    trials: tuple[TrialRecord, ...]
+    finalists: tuple[final.Finalist, ...]
+
+
+@dataclass(frozen=True)
+class _Search:
+    """What one start of a search was found to be."""
+
+    folder: str
+    config: Config
+    spec: SearchSpec
+    manifest: Manifest
+    total_steps: int
+    console: Console
+
+    def path(self, *parts: str) -> str:
+        return storage.join(self.folder, *parts)
+
+    def info(self) -> dict[str, Any] | None:
+        try:
+            return dict(json.loads(storage.read_bytes(self.path(SEARCH))))
+        except FileNotFoundError:
+            return None
+
+    def update(self, **changes: Any) -> None:
+        info = (self.info() or {}) | changes
+        storage.write_bytes(self.path(SEARCH), json.dumps(info, indent=1).encode())
+
+    @property
+    def keys(self) -> list[str]:
+        return list(self.spec.space)
+
+
+def tune(
+    config: ConfigSource, space: SearchSpec | Mapping[str, Any] | str | Path, folder: str,
+    overrides: Sequence[str] = (),
+) -> SearchResult:  # fmt: skip
+    """Search settings; run it again with the same folder and it continues where it stands.
+
+    Args:
+        config: A YAML file, a mapping, or a `Config`: what all trials have in common.
+        space: A YAML file, a mapping, or a `SearchSpec`: what is searched, and how.
+        folder: Folder of the search, local or an object store's.
+        overrides: Such as `["train.epochs=10"]`, applied on top of `config`.
+
+    Raises:
+        ConfigError: a setting or the space cannot work, or the folder holds another search (before Ray starts).
+        DataError: a data set is missing or broken, or has no labels where they are needed.
+        ClusterError: no trial fits the cluster, the State API does not answer, or every trial failed.
+        KeyboardInterrupt: it was stopped.
+    """
+    settings = load_config(config, overrides)
+    spec = load_space(space)
+    use_storage(settings)
+    if not settings.data.train:
+        raise ConfigError("data.train must be set", fix="add --set data.train=FOLDER")
+    manifest = read_manifest(storage.normalise(str(settings.data.train)))
+    check_space(spec, settings, manifest)
+    search = _Search(
+        storage.normalise(folder), settings, spec, manifest, derive(settings, manifest).total_steps, Console()
+    )
+    _look(search)
+    require_dashboard(settings.cluster)
+    with hold(search.folder, search.console.say):
+        return _tune(search)
+
+
+def _look(search: _Search) -> None:
+    """Refuse a folder that holds something else, or another search.
+
+    Raises:
+        ConfigError: with every field that differs.
+    """
+    info = search.info()
+    if info is None:
+        names = [name for name in storage.list_names(search.folder) if name != LOCK_NAME]
+        if names:
+            raise ConfigError(
+                "the folder is not empty and holds no search", where=search.folder, got=", ".join(names[:3]),
+                fix="choose an empty folder with --folder",
+            )  # fmt: skip
+        return
+    if info.get("format", 0) > FORMAT:
+        raise ConfigError(
+            "this search was made by a newer version", where=search.folder, got=f"format {info['format']}"
+        )
+    lines = compare(info["config"], _identity(search)) + [
+        f"space file: {line}" for line in compare(info["space"], _space_identity(search.spec))
+    ]
+    if lines:
+        raise ConfigError(
+            "this folder holds a search with other settings:\n" + "\n".join(f"  {line}" for line in lines),
+            where=search.folder, fix="choose another --folder, or set these back to continue the search",
+        )  # fmt: skip
+
+
+def _identity(search: _Search) -> dict[str, Any]:
+    evaluate = flat({"evaluate": search.config.evaluate.model_dump(mode="json")})
+    for key in ("evaluate.train", "evaluate.test"):
+        evaluate[key] = evaluate[key] and storage.normalise(evaluate[key])
+    return identity(search.config, search.manifest.fingerprint) | evaluate
+
+
+def _space_identity(spec: SearchSpec) -> dict[str, Any]:
+    values = spec.model_dump(mode="json")
+    space = {
+        f"space.{key}": json.dumps({k: v for k, v in one.items() if v is not None})
+        for key, one in values.pop("space").items()
+    }
+    fields = {key: value for key, value in flat(values).items() if key not in FREE_FIELDS}
+    return space | fields | {"objective.data": spec.objective.data and storage.normalise(spec.objective.data)}
+
+
+def _tune(search: _Search) -> SearchResult:
+    """With the folder held."""
+    console, info = search.console, search.info()
+    if info is None:
+        search.update(
+            format=FORMAT, status="new", config=_identity(search), space=_space_identity(search.spec),
+        )  # fmt: skip
+    elif info["status"] == "finished":
+        console.say(f"{search.folder}: finished already; nothing to do")
+        return _result(search, info["measure"], say=True)
+    console.say(
+        f"search: {search.folder}" + (" (continues)" if info else "") + f"; {search.spec.num_trials} trials of "
+        f"{search.total_steps} steps by {search.spec.searcher}, scheduler {search.spec.scheduler}"
+    )
+    with (
+        _tune_environment(),
+        connected(search.config.cluster, runs=search.spec.max_concurrent or 1, state_api=True),
+        prints_logged(),
+    ):
+        refuse_other_versions()
+        require_state_api()
+        return _run(search)
+
+
+def _run(search: _Search) -> SearchResult:
+    """With Ray."""
+    console, spec, cluster = search.console, search.spec, search.config.cluster
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    count, why = side_by_side(spec, cluster, ray.cluster_resources(), may_grow=bool(address))
+    console.say(f"side by side: {count} ({why})")
+    probe, measure = _probe(search)
+    search.update(status="running", measure=measure)
+    trials = TrialPlan(
+        search.path("trials"),
+        search.config.model_copy(update={"cluster": cluster.model_copy(update={"address": address})}),
+        spec.objective, measure, spec.stall_s, probe,
+    )  # fmt: skip
+    scores = len(Rungs.of(search.config, search.config, spec.objective.every, search.total_steps).steps)
+    _fit(
+        search, "search", trials, domains(spec), spec.num_trials, count,
+        search_alg=searcher(spec, count), scheduler=scheduler(spec, scores), num_samples=spec.trials or 1,
+    )  # fmt: skip
+    records = read_records(search.path("trials"))
+    chosen = final.choose(records, measure, spec.finalists)
+    if not final.choose(records, measure, 1):
+        search.update(status="failed")
+        for line in results.failures(records):
+            console.say(line)
+        raise ClusterError(
+            f"all {len(records)} trials failed", where=search.folder,
+            got=results.failures(records)[0] if records else "no trial that began",
+            fix="mend the cause; the same command tries again what failed for want of workers or storage, and in "
+            "another --folder all is tried again",
+        )  # fmt: skip
+    if spec.finalists:
+        _finals(search, trials, chosen, count)
+    return _finish(search, measure)
+
+
+def _finals(search: _Search, trials: TrialPlan, chosen: Sequence[TrialRecord], count: int) -> None:
+    """Train the finalists; who they are is decided once."""
+    try:
+        listed = json.loads(storage.read_bytes(search.path(FINALISTS)))
+    except FileNotFoundError:
+        listed = [[one.name, dict(one.settings)] for one in chosen]
+        storage.write_bytes(search.path(FINALISTS), json.dumps(listed, indent=1).encode())
+    cases = final.cases([(name, values) for name, values in listed], search.spec, search.config.run.seed)
+    plan = TrialPlan(
+        search.path("finalists"), trials.config, trials.objective, trials.measure, trials.stall_s, trials.probe, cases
+    )
+    search.console.say(f"finalists: {len(listed)} and the configuration as given, {search.spec.seeds} seeds each")
+    space = {"case": ray_tune.grid_search(list(range(len(cases))))}
+    _fit(search, "finalists", plan, space, len(cases), count, search_alg=BasicVariantGenerator(max_concurrent=count))
+
+
+def _probe(search: _Search) -> tuple[Any, str]:
+    """A reference to the images of the search, read by a task, and the measure that they allow."""
+    spec, config = search.spec.objective, search.config
+    source = spec.data or config.evaluate.train or config.data.train
+    manifest = read_manifest(storage.normalise(str(source)))
+    named = labelled_named(search.spec, config)
+    read = ray.remote(num_cpus=1)(_read_probe)
+    probe, labelled, count = read.options(num_returns=3).remote(manifest, config, search.spec, named)
+    try:
+        measured, has_labels = ray.get(count), ray.get(labelled)
+    except ray.exceptions.RayError as error:
+        raise root_cause(error) or error from None
+    measure = spec.measure
+    if measure == "auto":
+        measure = "knn_top1" if has_labels else "rankme"
+    if measure in LABELLED and not has_labels:
+        raise ConfigError(
+            f"{measure} needs labels, which the data set has not", where="objective.measure", got=manifest.folder,
+            fix="name a labelled one in objective.data, or use rankme, lidar or alignment_uniformity",
+        )  # fmt: skip
+    seen = "" if spec.data or config.evaluate.train else ", which trials train on too, without labels"
+    search.console.say(
+        f"objective: {results.named(measure)} on {measured} images of {manifest.folder}{seen}, a score each "
+        f"{spec.every} steps"
+    )
+    return probe, measure
+
+
+def _read_probe(manifest: Manifest, config: Config, spec: SearchSpec, with_labels: bool) -> tuple[ProbeSet, bool, int]:
+    found = read_probe(
+        manifest, policy_of(config.views), limits_of(config.data), images=spec.objective.images,
+        voters=spec.objective.voters if with_labels else 0, views=spec.objective.views, seed=spec.seed,
+    )  # fmt: skip
+    return found, found.labels is not None, len(found.images)
+
+
+def _fit(
+    search: _Search, name: str, plan: TrialPlan, space: Mapping[str, Any], trials: int, count: int, **how: Any
+) -> None:
+    """Run Ray Tune, or continue it.
+
+    Raises:
+        KeyboardInterrupt: it was stopped.
+    """
+    by_itself = isinstance(how["search_alg"], Searcher)
+    trainable = ray_tune.with_resources(ray_tune.with_parameters(Trial, plan=plan), {"CPU": 0, "memory": MEMORY_BYTES})
+    path = search.path("tune", name)
+    if ray_tune.Tuner.can_restore(path):
+        tuner = ray_tune.Tuner.restore(path, trainable, resume_unfinished=True, resume_errored=True)
+    else:
+        tuner = ray_tune.Tuner(
+            trainable,
+            param_space=dict(space),
+            tune_config=ray_tune.TuneConfig(
+                metric=OBJECTIVE,
+                mode=MODE,
+                max_concurrent_trials=count if by_itself else None,
+                trial_dirname_creator=_dirname,
+                **how,
+            ),
+            run_config=ray_tune.RunConfig(
+                name=name,
+                storage_path=search.path("tune"),
+                verbose=0,
+                callbacks=[Told()],
+                failure_config=ray_tune.FailureConfig(max_failures=TRIES),
+                checkpoint_config=ray_tune.CheckpointConfig(checkpoint_frequency=1, num_to_keep=3),
+            ),
+        )
+    progress = Progress(search.console.say, plan.folder, plan.measure, trials, [case for case, _ in plan.cases])
+    stopped = _Stopped(search.console.say)
+    with listening(progress), graceful_stop(stopped):
+        tuner.fit()
+    if stopped.asked:
+        search.update(status="interrupted")
+        search.console.say("interrupted; run the same command again to continue the search")
+        raise KeyboardInterrupt
+    progress.settle()
+
+
+class _Stopped:
+    """Ends Ray Tune in a way that can be continued: by the signal that it always listens to."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self.asked = False
+
+    def __call__(self) -> None:
+        self.asked = True
+        self._say("stopping; once more to stop at once")
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def _dirname(trial: Any) -> str:
+    return str(trial.trial_id)
+
+
+@contextlib.contextmanager
+def _tune_environment() -> Iterator[None]:
+    """Settings of Ray Tune that only its environment has; taken back at the end."""
+    wanted = {
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the truth is in trial.json
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",  # see `_Stopped`
+        "TUNE_GLOBAL_CHECKPOINT_S": "1",  # a trial that Tune forgot by a kill would be trained for nothing
+    }
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _finish(search: _Search, measure: str) -> SearchResult:
+    result = _result(search, measure, say=True)
+    results.write_table(search.folder, result.trials, search.keys)
+    best = results.write_best(search.folder, search.config, result.best)
+    page = write_page(
+        search.folder,
+        Page(search.config, search.spec, result.trials, result.finalists, result.best, measure, search.manifest),
+    )
+    search.update(status="finished")
+    search.console.say(f"best configuration: {best} (simclr-ray pretrain takes it as it is)")
+    search.console.say(f"page: {page}")
+    return result
+
+
+def _result(search: _Search, measure: str, *, say: bool) -> SearchResult:
+    """What the records say, and on the console in tables."""
+    console, keys = search.console, search.keys
+    records = read_records(search.path("trials"))
+    again = read_records(search.path("finalists"))
+    found: list[final.Finalist] = []
+    if again:
+        listed = json.loads(storage.read_bytes(search.path(FINALISTS)))
+        found = final.summarise([(name, values) for name, values in listed], again, measure)
+    best = found[0].settings if found and found[0].values else final.choose(records, measure, 1)[0].settings
+    if say:
+        console.table(*results.trial_rows(records, keys, measure))
+        if len(records) > results.SHOWN:
+            console.say(f"... and {len(records) - results.SHOWN} more, all in {search.path('trials.parquet')}")
+        for line in (*results.failures(records), *results.failures(again), *results.label_free_lines(records)):
+            console.say(line)
+        if found:
+            console.table(*results.finalist_rows(found, keys, measure))
+            console.say(final.verdict(found))
+    return SearchResult(search.folder, best, measure, tuple(records), tuple(found))
