@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from simclr_ray.data.manifest import Manifest
+from simclr_ray.data.manifest import Manifest, read_manifest
 from simclr_ray.version import __version__
 from tests.conftest import ROOT
 from tests.faults.commands import committed, losses, recipe, steps_done, wait_for
@@ -142,6 +142,15 @@ def test_a_job_is_stopped_with_a_checkpoint_and_a_second_one_continues_it(
     assert f"continuing from the checkpoint of step {saved}" in again.out
     assert "succeeded" in again.out
     assert sorted(losses(folder)) == list(range(1, 401))
+
+
+@pytest.mark.slow
+def test_a_verb_of_folders_runs_as_a_job_with_its_flags(head: RayHead, data_set: Manifest, tmp_path: Path) -> None:
+    sent = call("submit", "pack", data_set.folder, tmp_path / "packed", "--address", head.dashboard,
+                "--", "--labels", "stored", "--seed", "5", environment=head.environment)  # fmt: skip
+    assert sent.code == 0, sent
+    assert "packed 400 images" in sent.out
+    assert read_manifest(str(tmp_path / "packed")).rows == 400
 
 
 @pytest.mark.slow
