@@ -56,6 +56,7 @@ def submit(
     overrides: Sequence[str] = (),
     *,
     address: str | None = None,
+    folders: Sequence[str] = (),
     options: Sequence[str] = (),
     job: str | None = None,
     environment: Literal["image", "source"] = "image",
@@ -68,9 +69,10 @@ def submit(
 
     Args:
         verb: One of `order.VERBS`.
-        target: A configuration, or for `evaluate` a run folder.
+        target: A configuration, or the first folder of verbs that take folders (`evaluate`, `pack`, ...).
         overrides: Such as `["train.global_batch=512"]`.
         address: Of the cluster's dashboard; None takes RAY_API_SERVER_ADDRESS.
+        folders: The further ones.
         options: Further flags of the verb, such as `--fresh`.
         job: Its id; None makes one from verb and run.
         environment: `image`: the cluster's own installation. `source`: this one's package `simclr_ray` is shipped.
@@ -85,7 +87,9 @@ def submit(
         ClusterError: the cluster does not answer, refuses the token, or is open to everyone.
     """
     where = dashboard_address(address)
-    order = orders.order(verb, target, overrides, options=options, remote=not on_this_machine(where))
+    order = orders.order(
+        verb, target, overrides, folders=folders, options=options, remote=not on_this_machine(where)
+    )  # fmt: skip
     for warning in order.warnings:
         say(f"note: {warning}")
     refuse_open(where, allow=allow_unauthenticated, say=say)

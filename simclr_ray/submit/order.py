@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 from uuid import uuid4
 
 from simclr_ray import storage
@@ -26,9 +26,8 @@ CONFIG_NAME = "config.yaml"
 STOP_WAIT_S = 600
 """Longest wait for a last checkpoint when a job is stopped; Ray's own default, 3 s, would kill it while it saves."""
 
-Takes = Literal["config", "run"]
-VERBS: Final[Mapping[str, Takes]] = {"pretrain": "config", "check": "config", "evaluate": "run"}
-"""Verbs that can be submitted, and whether they take a configuration or a run folder."""
+VERBS: Final[Mapping[str, int]] = {"pretrain": 0, "check": 0, "evaluate": 1, "pack": 2, "index": 2}
+"""Verbs that can be submitted, and how many folders each takes; 0: a configuration."""
 PLACES: Final = ("run.folder", "data.train", "evaluate.train", "evaluate.test")
 """Settings that name a place which the cluster must reach."""
 
@@ -53,14 +52,21 @@ class JobOrder:
 
 
 def order(
-    verb: str, target: ConfigSource, overrides: Sequence[str] = (), *, options: Sequence[str] = (), remote: bool = True
+    verb: str,
+    target: ConfigSource,
+    overrides: Sequence[str] = (),
+    *,
+    folders: Sequence[str] = (),
+    options: Sequence[str] = (),
+    remote: bool = True,
 ) -> JobOrder:
     """Check everything that can be checked from here, and resolve it.
 
     Args:
         verb: One of `VERBS`.
-        target: A configuration, or for `evaluate` a run folder.
+        target: A configuration, or the first folder of verbs that take folders.
         overrides: Such as `["train.global_batch=512"]`.
+        folders: The further ones.
         options: Further flags of the verb, such as `--fresh`.
         remote: Whether the cluster is on other machines than this one, which then may not see this one's paths.
 
@@ -73,12 +79,18 @@ def order(
             "this verb cannot be submitted", where="submit", got=verb, expected=" or ".join(VERBS),
             fix="run it where you are; it takes --address where it needs a cluster",
         )  # fmt: skip
-    if VERBS[verb] == "run":
-        places = {"run folder": str(target)}
+    given = 1 + len(folders)
+    if given != max(1, VERBS[verb]):
+        raise ConfigError(
+            "not the folders that this verb takes" if VERBS[verb] else "this verb takes a configuration and no folders",
+            where=f"submit {verb}", got=given, expected=str(VERBS[verb] or 1),
+        )  # fmt: skip
+    if VERBS[verb]:
+        places = {f"folder {number}": place for number, place in enumerate((str(target), *folders), start=1)}
         warnings = _refuse_unreachable(places, remote=remote)
-        folder = storage.normalise(places["run folder"])
+        there = [storage.normalise(place) for place in places.values()]
         flags = [flag for override in overrides for flag in ("--set", override)]
-        return JobOrder(verb, (folder, *flags, *options), None, folder, tuple(warnings))
+        return JobOrder(verb, (*there, *flags, *options), None, there[-1], tuple(warnings))
     config = load_config(target, overrides)
     require_places(config, *(("data.train",) if verb == "check" else ()))
     places = {key: value for key in PLACES if (value := _value(config, key))}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from simclr_ray.data.manifest import Manifest
+from simclr_ray.data.manifest import Manifest, read_manifest
+from simclr_ray.version import __version__
 from tests.conftest import ROOT
 from tests.faults.commands import committed, losses, recipe, steps_done, wait_for
 from tests.servers.ray_head import RayHead, authentication, clean_environment, has_dashboard, ray_head
@@ -39,12 +41,16 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHead]:
 
 
 def call(
-    *arguments: object, environment: Mapping[str, str], timeout_s: float = 240.0, program: str = "simclr_ray.cli"
+    *arguments: object,
+    environment: Mapping[str, str],
+    timeout_s: float = 240.0,
+    program: str = "simclr_ray.cli",
+    folder: Path = ROOT,
 ) -> Outcome:
     """The command line in a process of its own, for Ray reads its token once a process."""
     done = subprocess.run(
         [sys.executable, "-m", program, *map(str, arguments)], env=clean_environment() | dict(environment),
-        cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False,
+        cwd=folder, capture_output=True, text=True, timeout=timeout_s, check=False,
     )  # fmt: skip
     assert "Traceback" not in done.stderr, done.stderr
     return Outcome(done.returncode, done.stdout, done.stderr)
@@ -139,6 +145,15 @@ def test_a_job_is_stopped_with_a_checkpoint_and_a_second_one_continues_it(
 
 
 @pytest.mark.slow
+def test_a_verb_of_folders_runs_as_a_job_with_its_flags(head: RayHead, data_set: Manifest, tmp_path: Path) -> None:
+    sent = call("submit", "pack", data_set.folder, tmp_path / "packed", "--address", head.dashboard,
+                "--", "--labels", "stored", "--seed", "5", environment=head.environment)  # fmt: skip
+    assert sent.code == 0, sent
+    assert "packed 400 images" in sent.out
+    assert read_manifest(str(tmp_path / "packed")).rows == 400
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_plain_ray_job_submit_runs_the_entrypoints_of_the_jobs_folder(
     head: RayHead, data_set: Manifest, tmp_path: Path
@@ -157,12 +172,20 @@ def test_plain_ray_job_submit_runs_the_entrypoints_of_the_jobs_folder(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_cluster_without_the_package_gets_its_source(head: RayHead, data_set: Manifest, tmp_path: Path) -> None:
-    file = recipe(tmp_path / "run", data_set, train__steps=2)
-    sent = call("submit", "pretrain", file, "--address", head.dashboard, "--environment", "source",
-                environment=head.environment)  # fmt: skip
+def test_a_cluster_with_another_package_or_none_gets_the_source_that_is_here(
+    head: RayHead, data_set: Manifest, tmp_path: Path
+) -> None:
+    shutil.copytree(ROOT / "simclr_ray", tmp_path / "here" / "simclr_ray", ignore=shutil.ignore_patterns("__pycache__"))
+    version = tmp_path / "here" / "simclr_ray" / "version.py"
+    version.write_text(version.read_text().replace(f'"{__version__}"', f'"{__version__}+here"'))
+    file = recipe(tmp_path / "run", data_set, train__steps=4)
+    sent = call(
+        "submit", "pretrain", file, "--address", head.dashboard, "--environment", "source",
+        environment=dict(head.environment) | {"PYTHONPATH": str(tmp_path / "here")}, folder=tmp_path,
+    )  # fmt: skip
     assert sent.code == 0, sent
-    assert committed(tmp_path / "run") == [2]
+    assert committed(tmp_path / "run") == [4]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["version"] == f"{__version__}+here"
 
 
 @pytest.mark.slow

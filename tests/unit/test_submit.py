@@ -17,17 +17,17 @@ import pytest
 import yaml
 from ray.dashboard.modules.job.pydantic_models import JobDetails
 
-from simclr_ray.cli import main
+from simclr_ray.cli import _parser, main
 from simclr_ray.configure import load_config
 from simclr_ray.data.manifest import Manifest
 from simclr_ray.errors import ClusterError, ConfigError, DataError
 from simclr_ray.submit.client import dashboard_address, refuse_open
 from simclr_ray.submit.follow import Lines, exit_code, verdict
-from simclr_ray.submit.order import job_id, order, runtime_env
+from simclr_ray.submit.order import VERBS, job_id, order, runtime_env
 from simclr_ray.submit.pinned import differing
 from simclr_ray.train.dashboard import knock, on_this_machine
 from simclr_ray.version import PINNED
-from tests.conftest import small_run
+from tests.conftest import ROOT, small_run
 
 
 def test_an_order_is_the_whole_configuration_resolved_and_loads_back_there(data_set: Manifest, tmp_path: Path) -> None:
@@ -89,8 +89,13 @@ def test_evaluate_takes_a_run_folder_and_other_verbs_are_refused() -> None:
     sent = order("evaluate", "s3://bucket/run", ["evaluate.knn_k=5"])
     assert shlex.split(sent.entrypoint)[3:] == ["evaluate", "s3://bucket/run", "--set", "evaluate.knn_k=5"]
     assert sent.config is None
-    with pytest.raises(ConfigError, match="run folder: runs/x"):
+    with pytest.raises(ConfigError, match="folder 1: runs/x"):
         order("evaluate", "runs/x")
+    packed = order("pack", "s3://b/images", folders=["s3://b/data"], options=["--labels", "folder"])
+    assert shlex.split(packed.entrypoint)[3:] == ["pack", "s3://b/images", "s3://b/data", "--labels", "folder"]
+    for wrong in (lambda: order("pack", "s3://b/images"), lambda: order("pretrain", None, folders=["s3://b/x"])):
+        with pytest.raises(ConfigError, match="folders"):
+            wrong()
     with pytest.raises(ConfigError, match="cannot be submitted"):
         order("preview", "x.yaml")
 
@@ -254,3 +259,18 @@ def test_a_dashboard_that_is_not_there_or_not_well_is_an_error(answering: Any) -
             knock(f"http://127.0.0.1:{listener.getsockname()[1]}")
     with pytest.raises(ClusterError, match="not well"):
         knock(answering(502))
+
+
+def commands_of_the_guide() -> list[list[str]]:
+    """Every `simclr-ray` command that `cluster/README.md` shows."""
+    text = (ROOT / "cluster" / "README.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("simclr-ray ")]
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+@pytest.mark.parametrize("command", commands_of_the_guide(), ids=" ".join)
+def test_commands_of_the_guide_are_ones_that_the_command_line_takes(command: list[str]) -> None:
+    options = _parser().parse_args(command[1:])
+    assert callable(options.call)
+    if command[1] == "submit" and VERBS[options.verb] == 0:
+        load_config(ROOT / options.target, options.set)
