@@ -107,8 +107,8 @@ def from_tf2(names: Sequence[str], read: Callable[[str], np.ndarray], where: str
         raise DataError("parts of the encoder are not known", where=where, got=_some(unknown))
     if "layer1.0.downsample.0.weight" in encoder and "layer1.0.conv3.weight" not in encoder:
         raise DataError(
-            "ResNet-18 of Google's code has a projection in its first block, which torchvision's and this project's have "
-            "not", where=where, expected="ResNet-50",
+            "ResNet-18 of Google's code has a projection in its first block, which torchvision's and this project's do "
+            "not have", where=where, expected="ResNet-50",
         )  # fmt: skip
     head = f"{root}_projection_head/"
     projector = _tf2_projector({one.removeprefix(head): read(plain[one]) for one in plain if one.startswith(head)})

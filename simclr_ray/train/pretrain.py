@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,13 +69,24 @@ class RunResult:
     """The last record; empty when the run was finished already."""
 
 
-def pretrain(config: ConfigSource = None, overrides: Sequence[str] = (), *, fresh: bool = False) -> RunResult:
+Beside = Callable[[Config, RunFolder], AbstractContextManager[None]]
+"""What goes on beside a training, while Ray runs."""
+
+
+def pretrain(
+    config: ConfigSource = None,
+    overrides: Sequence[str] = (),
+    *,
+    fresh: bool = False,
+    beside: Beside = lambda config, run: nullcontext(),
+) -> RunResult:
     """Train an encoder; run it again with the same `run.folder` and it continues where it stands.
 
     Args:
         config: A YAML file, a mapping, or a `Config`.
         overrides: Such as `["train.global_batch=512"]`, applied on top.
         fresh: Remove what an earlier run left in `run.folder` and start again.
+        beside: Entered when workers are about to start, left when they have ended; for evaluation while training.
 
     Raises:
         ConfigError: a setting cannot work, or another driver holds the run folder (before Ray starts).
@@ -96,10 +108,12 @@ def pretrain(config: ConfigSource = None, overrides: Sequence[str] = (), *, fres
     with hold(run.uri, console.say) as lock:
         if fresh:
             start_afresh(run)
-        return _pretrain(settings, manifest, derived, console, lock)
+        return _pretrain(settings, manifest, derived, console, lock, beside)
 
 
-def _pretrain(settings: Config, manifest: Manifest, derived: Derived, console: Console, lock: RunLock) -> RunResult:
+def _pretrain(
+    settings: Config, manifest: Manifest, derived: Derived, console: Console, lock: RunLock, beside: Beside
+) -> RunResult:
     """With the run folder held."""
     run, existed = open_run(settings, derived, manifest.fingerprint, say=console.say)
     newest = ckpt.load_newest(run.checkpoints, console.say)
@@ -126,7 +140,8 @@ def _pretrain(settings: Config, manifest: Manifest, derived: Derived, console: C
         console.say(f"views: {how_views_are_made(where)}, going by the driver's machine ({why})")
         note_views(run, maker=maker(), where=where, say=console.say)
         setup = _Setup(settings, manifest, derived, run, console, lock, workers, use_gpu, where)
-        return _run(setup)
+        with beside(settings, run):
+            return _run(setup)
 
 
 def _require(config: Config) -> None:
