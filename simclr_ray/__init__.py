@@ -1,8 +1,8 @@
 """SimCLR on Ray: self-supervised image encoders from a bucket of unlabeled images.
 
-The verbs of the command line are functions here, with the same names: `pretrain`, `tune`, `evaluate`, `pack`, `index`,
-`fetch_data`, `preview`, `embed`, `neighbours`, `export`, `import_weights`, `report`, and `load_encoder` for what a run
-learned. `nt_xent` is the loss alone and `two_views` the views alone, for any torch program. They are imported on first
+The verbs of the command line are functions here, with the same names: `pretrain`, `tune`, `distill`, `evaluate`, `pack`,
+`index`, `fetch_data`, `preview`, `embed`, `neighbours`, `export`, `import_weights`, `report`, and `load_encoder` for what a
+run learned. `nt_xent` is the loss alone and `two_views` the views alone, for any torch program. They are imported on first
 use, so that importing the package stays cheap and these two need no Ray.
 """
 
@@ -16,6 +16,7 @@ from simclr_ray.version import __version__
 if TYPE_CHECKING:
     from simclr_ray.api import (
         RunResult,
+        distill,
         embed,
         evaluate,
         export,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "pretrain": "simclr_ray.api",
+    "distill": "simclr_ray.api",
     "embed": "simclr_ray.api",
     "evaluate": "simclr_ray.api",
     "export": "simclr_ray.api",
@@ -57,6 +59,7 @@ _HOMES = {
 __all__ = [
     "RunResult",
     "__version__",
+    "distill",
     "embed",
     "evaluate",
     "export",

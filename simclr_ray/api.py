@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from simclr_ray.config import ClusterConfig
+from simclr_ray.configure import ConfigSource
 from simclr_ray.data.decode import Limits
 from simclr_ray.data.dedupe import Deduplicate
 from simclr_ray.data.fetch import fetch_data
@@ -16,7 +17,9 @@ from simclr_ray.data.shrink import Shrink
 from simclr_ray.data.sources import Labels, SourceKind
 from simclr_ray.evaluate.encode import load_encoder
 from simclr_ray.evaluate.evaluate import evaluate
+from simclr_ray.evaluate.online import online_evaluation
 from simclr_ray.evaluate.preview import preview
+from simclr_ray.publish.distill import distill
 from simclr_ray.publish.embed import EmbedOptions, EmbedReport
 from simclr_ray.publish.embed import embed as _embed
 from simclr_ray.publish.embed_part import Precision
@@ -26,12 +29,31 @@ from simclr_ray.publish.neighbours import Neighbour, neighbours
 from simclr_ray.publish.parts import Dtype
 from simclr_ray.publish.report import report
 from simclr_ray.train.cluster import connected
-from simclr_ray.train.pretrain import RunResult, pretrain
+from simclr_ray.train.pretrain import RunResult
+from simclr_ray.train.pretrain import pretrain as _pretrain
 
 __all__ = [
-    "EmbedReport", "ImportReport", "Neighbour", "RunResult", "embed", "evaluate", "export", "fetch_data",
+    "EmbedReport", "ImportReport", "Neighbour", "RunResult", "distill", "embed", "evaluate", "export", "fetch_data",
     "import_weights", "index", "load_encoder", "neighbours", "pack", "pretrain", "preview", "report",
 ]  # fmt: skip
+
+
+def pretrain(config: ConfigSource = None, overrides: Sequence[str] = (), *, fresh: bool = False) -> RunResult:
+    """Train an encoder, or continue; see `simclr_ray.train.pretrain.pretrain`.
+
+    Args:
+        config: A YAML file, a mapping, or a `Config`.
+        overrides: Such as `["train.global_batch=512"]`, applied on top.
+        fresh: Remove what an earlier run left in `run.folder` and start again.
+
+    Raises:
+        ConfigError: a setting cannot work, or another driver holds the run folder.
+        DataError: the data set is missing, broken or changed, or too many images were rejected.
+        ClusterError: Ray, its resources or its workers failed for good.
+        StorageError: the run folder cannot be read or written.
+        NumericsError: the loss or a gradient is not finite.
+    """
+    return _pretrain(config, overrides, fresh=fresh, beside=online_evaluation)
 
 
 def pack(

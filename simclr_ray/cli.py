@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _pretrain(options: argparse.Namespace) -> None:
-    from simclr_ray.train.pretrain import pretrain
+    from simclr_ray.api import pretrain
 
     result = pretrain(options.config, options.set, fresh=options.fresh)
     Console().say(f"encoder: {result.folder}")
@@ -46,6 +46,21 @@ def _tune(options: argparse.Namespace) -> None:
     from simclr_ray.search.tune import tune
 
     tune(options.config, options.space, options.folder, options.set)
+
+
+def _distill(options: argparse.Namespace) -> None:
+    from simclr_ray.api import distill
+
+    result = distill(
+        options.teacher,
+        options.config,
+        options.set,
+        classifier=options.classifier,
+        temperature=options.temperature,
+        label_fraction=options.label_fraction,
+        fresh=options.fresh,
+    )
+    Console().say(f"student: {result.folder}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -274,10 +289,23 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--folder", required=True, help="of the search, local or s3://; the same one continues it")
     _overrides(verb, "train.epochs=10")
 
-    verb = _verb(verbs, "evaluate", _evaluate, "measure what a run learned: kNN, linear probe, RankMe, pictures")
+    verb = _verb(
+        verbs, "evaluate", _evaluate, "measure what a run learned: kNN, linear probes, fine-tuning, RankMe, pictures"
+    )
     verb.add_argument("run", help="run folder, local or s3://")
     _overrides(verb, "evaluate.knn_k=200")
     verb.add_argument("--no-pictures", action="store_true", help="only numbers")
+
+    verb = _verb(verbs, "distill", _distill, "train a student from a fine-tuned teacher, without labels or with a few")
+    verb.add_argument("teacher", help="run folder with a classifier that `evaluate` trained (protocol finetune or sgd)")
+    verb.add_argument("config", help="YAML file of the student")
+    verb.add_argument(
+        "--classifier", help="file in the teacher's run, such as eval/classifier-finetune-10pc.safetensors"
+    )
+    verb.add_argument("--temperature", type=float, help="1 from a larger teacher, 0.1 from one of the student's size")
+    verb.add_argument("--label-fraction", type=float, help="part of the labels that the student sees (default: none)")
+    verb.add_argument("--fresh", action="store_true", help="remove what an earlier run left in run.folder, start again")
+    _overrides(verb, "run.folder=runs/student")
 
     verb = _verb(verbs, "embed", _embed, "turn every image of a data set into a vector, in Parquet files")
     verb.add_argument("run", help="run folder of the encoder, local or s3://")

@@ -305,6 +305,43 @@ class EvaluateConfig(Section):
     """Neighbours of the kNN classifier."""
     knn_temperature: Annotated[float, Gt(0)] = 0.07
     """Weight of a neighbour is exp(similarity / temperature)."""
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{0,64}$")] = ""
+    """Of the labelled sets, for transfer to others than the run's own: results go to `eval/NAME`."""
+    protocols: Annotated[tuple[Literal["probes", "sgd", "finetune"], ...], MinLen(1)] = ("probes",)
+    """What is measured. `probes`: kNN, linear by L-BFGS, label-free numbers. `sgd`: the paper's linear probe on crops
+    and flips (B.6). `finetune`: the whole network on a part of the labels (B.5)."""
+    l2_grid: Literal["usual", "paper"] = "usual"
+    """Penalties that the linear probe chooses from: `usual`, five; `paper`, the 45 of its transfer protocol (B.8)."""
+    fractions: Annotated[tuple[Annotated[float, Gt(0), Le(1)], ...], MinLen(1)] = (0.01, 0.1, 1.0)
+    """Parts of the labels that `finetune` uses, balanced over the classes."""
+    label_list: str | None = None
+    """A published list of file names, a line each, whose labels `finetune` uses in place of `fractions`."""
+    supervised_batch: Count = 4096
+    """Images of a step of `sgd` and `finetune`; all labels where there are fewer."""
+    supervised_epochs: Count | None = None
+    """Of `sgd` and `finetune`; null: the paper's, 90, and 60 with up to 2 % of the labels, else 30."""
+    workers: Count | None = None
+    """Ray actors that encode, each with a GPU where there are; null: this process alone."""
+    every: Count | None = None
+    """While training, measure the newest checkpoint about every so many steps, in a process of its own beside the run
+    that no step waits for; see `eval/online.jsonl`. null: never."""
+    online_images: Annotated[int, Ge(20)] = 2000
+    """Images of `evaluate.train` that this takes, half to search in and half to ask with; never of the test set."""
+
+
+class DistillConfig(Section):
+    """Learning from a teacher in place of NT-Xent (SimCLR v2, arXiv 2006.10029); `simclr-ray distill` sets it."""
+
+    teacher: str | None = None
+    """Run folder of the teacher; null trains by NT-Xent."""
+    classifier: str | None = None
+    """File of the teacher's classifier, as `evaluate` writes it for `sgd` and `finetune`, inside the teacher's run."""
+    temperature: Annotated[float, Gt(0), Le(10)] = 1.0
+    """Of both softmaxes: 1 from a larger teacher, 0.1 from one of the student's size."""
+    label_fraction: Fraction = 0.0
+    """Part of the training images whose labels the student sees too, balanced over the classes; 0: none."""
+    alpha: Fraction = 0.5
+    """Weight of the teacher beside those labels."""
 
 
 class Config(Section):
@@ -328,5 +365,7 @@ class Config(Section):
     """Ray resources."""
     storage: StorageConfig = StorageConfig()
     """Object stores."""
+    distill: DistillConfig = DistillConfig()
+    """Learning from a teacher."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """Probes."""

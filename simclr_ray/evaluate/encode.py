@@ -14,6 +14,7 @@ from torch import Tensor
 
 from simclr_ray.config import Config
 from simclr_ray.data.decode import Limits, Rejected, decode
+from simclr_ray.data.inputs import columns_of, read_inputs
 from simclr_ray.data.manifest import Manifest
 from simclr_ray.data.plan import Piece
 from simclr_ray.data.read import RowRange, read_range, resolve
@@ -112,7 +113,7 @@ def random_encoder(config: Config, views: Image, policy: Policy) -> SimCLR:
     """
     model = build_model(config)
     with calibrating(model):
-        for rows in _batches(len(views[: 8 * ROWS_AT_ONCE])):
+        for rows in row_slices(len(views[: 8 * ROWS_AT_ONCE])):
             if rows.stop - rows.start > 1:  # a rest of one image has no variance
                 model(normalise(torch.from_numpy(views[rows]), policy))
     return model.eval()
@@ -121,7 +122,7 @@ def random_encoder(config: Config, views: Image, policy: Policy) -> SimCLR:
 def embed(encode: Callable[[Tensor], Tensor], views: Image, policy: Policy) -> Tensor:
     """Run a function over views batch by batch: (n, S, S, 3) uint8 -> (n, D) float32."""
     with torch.inference_mode():
-        parts = [encode(normalise(torch.from_numpy(views[rows]), policy)).float() for rows in _batches(len(views))]
+        parts = [encode(normalise(torch.from_numpy(views[rows]), policy)).float() for rows in row_slices(len(views))]
     return torch.cat(parts)
 
 
@@ -129,7 +130,7 @@ def pixels(views: Image, policy: Policy) -> Tensor:
     """Raw pixels as a representation: (n, d) in [0, 1], gray where the images are, at most 32 x 32."""
     if policy.size > 32:
         small = policy.model_copy(update={"size": 32, "central_fraction": 1.0})
-        views = np.concatenate([central_view(list(views[rows]), small) for rows in _batches(len(views))])
+        views = np.concatenate([central_view(list(views[rows]), small) for rows in row_slices(len(views))])
     gray = bool((views[..., :1] == views).all())
     chosen = views[..., :1] if gray else views
     return torch.from_numpy(np.ascontiguousarray(chosen)).flatten(1).float() / 255
@@ -170,7 +171,7 @@ def _groups(
     """Images, labels and ids of some consecutive rows that decode, and how many of those between were rejected."""
     columns = [manifest.image_column, "label"]
     tables = read_ahead(
-        _row_ranges(manifest), lambda rows: read_range(rows, columns, manifest.image_column),
+        row_ranges(manifest), lambda rows: read_range(rows, columns, manifest.image_column),
         cost=lambda rows: rows.bytes_about, max_cost=BYTES_AHEAD,
     )  # fmt: skip
     for table in tables:
@@ -186,14 +187,36 @@ def _groups(
             )  # fmt: skip
         encoded, labels = table[manifest.image_column], table["label"].to_numpy().astype(np.int64)
         ids = table["sample_id"].to_numpy()
-        for rows in _batches(len(table)):  # a row group of others may hold thousands
+        for rows in row_slices(len(table)):  # a row group of others may hold thousands
             decoded = [decode(data, limits) for data in encoded[rows].to_pylist()]
             good = [i for i, image in enumerate(decoded) if not isinstance(image, Rejected)]
             images = [image for image in decoded if not isinstance(image, Rejected)]
             yield images, labels[rows][good], ids[rows][good], len(decoded) - len(good)
 
 
-def _row_ranges(manifest: Manifest) -> Iterator[RowRange]:
+def read_rows_of(manifest: Manifest, limits: Limits, count: int) -> tuple[list[Image], npt.NDArray[np.int64] | None]:
+    """The first images of a data set that decode, at most `count`, and their labels, -1 where an image has none.
+
+    Returns:
+        Decoded images, and labels (n,), or None where the data set has no column of them.
+    """
+    columns = columns_of(manifest, "label")
+    images, labels = list[Image](), list[int]()
+    for rows in row_ranges(manifest):
+        for row in read_inputs([rows], columns):
+            image = None if row.lost else decode(row.image, limits)
+            if image is None or isinstance(image, Rejected):
+                continue
+            images.append(image)
+            labels.append(-1 if row.label is None else row.label)
+            if len(images) == count:
+                break
+        if len(images) == count:
+            break
+    return images, np.array(labels, np.int64) if columns.label else None
+
+
+def row_ranges(manifest: Manifest) -> Iterator[RowRange]:
     """Every group of the data set, in stored order."""
     first_ids = manifest.first_sample_ids()
     for shard in range(len(first_ids)):
@@ -204,5 +227,6 @@ def _row_ranges(manifest: Manifest) -> Iterator[RowRange]:
             first += rows
 
 
-def _batches(count: int) -> list[slice]:
+def row_slices(count: int) -> list[slice]:
+    """Runs of rows that are encoded together."""
     return [slice(start, min(count, start + ROWS_AT_ONCE)) for start in range(0, count, ROWS_AT_ONCE)]

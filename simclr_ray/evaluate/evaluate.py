@@ -7,9 +7,9 @@ chosen by looking at it.
 from __future__ import annotations
 
 import json
-import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,34 +19,32 @@ from torch import Tensor
 from simclr_ray import storage
 from simclr_ray.config import Config, EvaluateConfig
 from simclr_ray.configure import load_config, use_storage
-from simclr_ray.data.manifest import read_manifest
+from simclr_ray.data.manifest import Manifest, read_manifest
 from simclr_ray.errors import ConfigError, DataError
 from simclr_ray.evaluate.encode import (
-    Image,
     LabelledSet,
     TrainedEncoder,
     embed,
     load_encoder,
-    pixels,
     random_encoder,
     read_labelled,
 )
 from simclr_ray.evaluate.knn import knn_top1, nearest
-from simclr_ray.evaluate.linear import probe_over_seeds
+from simclr_ray.evaluate.linear import L2_GRID, PAPER_L2_GRID, probe_over_seeds
+from simclr_ray.evaluate.protocols import SupervisedRow, finite, measure_supervised, supervised_text
 from simclr_ray.evaluate.table import EvaluationRow, to_markdown, to_text
+from simclr_ray.evaluate.workers import Represent, encoders_of
 from simclr_ray.observe.console import Console
 from simclr_ray.observe.health import alignment, contrastive_accuracy, rankme, uniformity
 from simclr_ray.observe.metrics import read_jsonl
 from simclr_ray.train.derive import limits_of
 from simclr_ray.train.run import RunFolder, open_existing
+from simclr_ray.version import __version__
 from simclr_ray.views.policy import Policy
 
 NUM_SHOWN, NUM_NEIGHBOURS = 12, 8
 NUM_PAIRS = 1024
 """Test images whose two views give alignment and contrastive accuracy."""
-
-
-Represent = Callable[[Image], Tensor]
 
 
 @dataclass(frozen=True)
@@ -59,6 +57,8 @@ class Evaluation:
     """Where table, numbers and pictures are."""
     step: int
     """Checkpoint that was evaluated."""
+    supervised: tuple[SupervisedRow, ...] = ()
+    """Of the protocols `sgd` and `finetune`."""
 
 
 def evaluate(run: str, overrides: Sequence[str] = (), *, pictures: bool = True) -> Evaluation:
@@ -83,47 +83,73 @@ def evaluate(run: str, overrides: Sequence[str] = (), *, pictures: bool = True) 
     use_storage(config)
     console = Console()
     trained = load_encoder(run)
-    train, test, class_names = _data(config, trained.policy)
+    train_manifest, test_manifest = _manifests(config)
+    train, test = _data(config, trained.policy, train_manifest, test_manifest)
+    class_names = test_manifest.classes
     num_classes = int(max(train.labels.max(), test.labels.max())) + 1
     console.say(
         f"evaluate: step {trained.step}; {len(train.labels):,} labelled training images, {len(test.labels):,} test "
         f"images, {num_classes} classes; probes use {config.evaluate.num_labels or 'all'} labels"
     )
-    rows = []
-    for name, encode in _representations(config, trained, train):
-        console.say(f"  measuring: {name}")
-        rows.append(_measure(name, encode, train, test, config.evaluate, num_classes))
-    result = Evaluation(tuple(rows), folder.path("eval"), trained.step)
-    _write(result, config)
-    console.block("\n" + to_text(rows) + "\n")
-    if pictures:
-        for path in _draw(folder, trained, train, test, rows, class_names):
+    out = folder.path("eval", config.evaluate.name) if config.evaluate.name else folder.path("eval")
+    about = _about(folder, config, trained, train_manifest, test_manifest)
+    rows: list[EvaluationRow] = []
+    if "probes" in config.evaluate.protocols:
+        costs = {}
+        with encoders_of(config, random_encoder(config, train.views, trained.policy), trained) as representations:
+            for name, encode in representations:
+                console.say(f"  measuring: {name}")
+                begun = time.perf_counter()
+                rows.append(_measure(name, encode, train, test, config.evaluate, num_classes))
+                costs[name] = round(time.perf_counter() - begun, 3)
+        _write(out, rows, about, costs)
+        console.block("\n" + to_text(rows) + "\n")
+    supervised = measure_supervised(
+        config, trained, train_manifest, test, out, num_classes=num_classes, about=about, say=console.say
+    )
+    if supervised:
+        console.block("\n" + supervised_text(supervised) + "\n")
+    if pictures and rows:
+        for path in _draw(folder, out, trained, train, test, rows, class_names):
             console.say(f"picture: {path}")
-    return result
+    return Evaluation(tuple(rows), out, trained.step, tuple(supervised))
 
 
-def _data(config: Config, policy: Policy) -> tuple[LabelledSet, LabelledSet, tuple[str, ...]]:
-    """Training set, test set (with view pairs, which only it needs), and the names of the test set's classes."""
+def _manifests(config: Config) -> tuple[Manifest, Manifest]:
+    """Of the training and the test set."""
     train_uri = config.evaluate.train or config.data.train
     if config.evaluate.test is None or train_uri is None:
         raise ConfigError("no test set is named", where="evaluate.test", fix="add --set evaluate.test=FOLDER")
+    return read_manifest(train_uri), read_manifest(config.evaluate.test)
+
+
+def _data(
+    config: Config, policy: Policy, train_manifest: Manifest, test_manifest: Manifest
+) -> tuple[LabelledSet, LabelledSet]:
+    """Training set, and test set with view pairs, which only it needs."""
     limits = limits_of(config.data)
-    train_manifest, test_manifest = read_manifest(train_uri), read_manifest(config.evaluate.test)
     train = read_labelled(train_manifest, policy, limits, num_pairs=0, seed=config.run.seed)
     test = read_labelled(test_manifest, policy, limits, num_pairs=NUM_PAIRS, seed=config.run.seed)
     if len(test.labels) < 2:
         raise DataError("the measures need pairs of test images", where=test_manifest.folder, got=f"{len(test.labels)}")
-    return train, test, test_manifest.classes
+    return train, test
 
 
-def _representations(config: Config, trained: TrainedEncoder, train: LabelledSet) -> list[tuple[str, Represent]]:
-    policy = trained.policy
-    untrained = random_encoder(config, train.views, policy)
-    return [
-        ("raw pixels", lambda views: pixels(views, policy)),
-        ("random encoder", lambda views: embed(untrained.embed, views, policy)),
-        ("trained encoder", lambda views: embed(trained.model.embed, views, policy)),
-    ]
+def _about(
+    folder: RunFolder, config: Config, trained: TrainedEncoder, train: Manifest, test: Manifest
+) -> dict[str, Any]:
+    """What every result says of how it came about."""
+    pretrained_on = dict((folder.info() or {}).get("identity", {})).get("manifest")
+    return {
+        "step": trained.step,
+        "test": config.evaluate.test,
+        "knn_k": config.evaluate.knn_k,
+        "seeds": list(config.evaluate.seeds),
+        "config": config.evaluate.model_dump(mode="json"),
+        "model": config.model.model_dump(mode="json"),
+        "manifests": {"pretraining": pretrained_on, "train": train.fingerprint, "test": test.fingerprint},
+        "version": __version__,
+    }
 
 
 def _measure(
@@ -147,6 +173,7 @@ def _measure(
                 num_classes=num_classes,
                 seeds=config.seeds,
                 num_labels=None if everything else labels,
+                l2_grid=PAPER_L2_GRID if config.l2_grid == "paper" else L2_GRID,
             )
         },
         rankme=rankme(test_h),
@@ -156,29 +183,17 @@ def _measure(
     )
 
 
-def _write(result: Evaluation, config: Config) -> None:
-    numbers = {
-        "step": result.step,
-        "test": config.evaluate.test,
-        "knn_k": config.evaluate.knn_k,
-        "seeds": list(config.evaluate.seeds),
-        "rows": [_finite(asdict(row)) for row in result.rows],
-    }
+def _write(folder: str, rows: Sequence[EvaluationRow], about: Mapping[str, Any], costs: Mapping[str, float]) -> None:
+    """`cost_s` are the seconds of each row, on one process or `evaluate.workers` actors; the last of the file."""
+    numbers = {**about, "rows": [finite(asdict(row)) for row in rows], "cost_s": dict(costs)}
     text = json.dumps(numbers, indent=1, allow_nan=False)
-    storage.write_bytes(storage.join(result.folder, "results.json"), text.encode())
-    storage.write_bytes(storage.join(result.folder, "table.md"), to_markdown(result.rows).encode())
-
-
-def _finite(value: Any) -> Any:
-    """The value with null for each NaN, which JSON does not know: the spread of one seed is one."""
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    storage.write_bytes(storage.join(folder, "results.json"), text.encode())
+    storage.write_bytes(storage.join(folder, "table.md"), to_markdown(rows).encode())
 
 
 def _draw(
-    folder: RunFolder, trained: TrainedEncoder, train: LabelledSet, test: LabelledSet, rows: Sequence[EvaluationRow],
-    names: tuple[str, ...],
+    folder: RunFolder, out: str, trained: TrainedEncoder, train: LabelledSet, test: LabelledSet,
+    rows: Sequence[EvaluationRow], names: tuple[str, ...],
 ) -> list[str]:  # fmt: skip
     """Draw the pictures beside and put them into `eval/`, which may be on an object store."""
     from simclr_ray.evaluate.pictures import comparison_bars, curves, neighbour_sheet, views_sheet
@@ -208,7 +223,7 @@ def _draw(
         )
         written = []
         for picture in sorted(place.glob("*.png")):
-            written.append(folder.path("eval", picture.name))
+            written.append(storage.join(out, picture.name))
             storage.write_bytes(written[-1], picture.read_bytes())
     return written
 

@@ -24,6 +24,9 @@ L2_GRID = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
 """Penalties tried by default. On raw Fashion-MNIST pixels the best was 0.1 to 1 for 100 labels, 0.1 for 1,000, 0.01 for
 20,000; 10 was worse for each."""
 
+PAPER_L2_GRID = tuple(10 ** (-6 + 11 * i / 44) for i in range(45))
+"""SimCLR's transfer protocol (appendix B.8): 45 values, evenly spaced in their logarithm, from 1e-6 to 1e5."""
+
 _DEVIATION_FLOOR = 0.1  # of the median deviation; see _standardise
 _MAX_ITERATIONS = 300
 _GRADIENT_TOLERANCE = 1e-5  # of the mean loss; below it, float32 rounding moves the accuracy more than the fit does

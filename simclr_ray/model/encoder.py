@@ -77,10 +77,11 @@ class Encoder(ResNet):  # type: ignore[misc]  # timm ships no types
             zero_init_last=zero_init_last,
         )
         self.conv1 = _stem_convolution(architecture, stem_channels, stem)
+        pool: nn.Module | None = SamePool() if stem == "imagenet-same" else None
         if stem == "cifar" or not architecture.imagenet_pool:
-            self.maxpool = nn.Identity()
-        elif stem == "imagenet-same":
-            self.maxpool = SamePool()
+            pool = nn.Identity()
+        if pool is not None:
+            self.maxpool = pool
         if len(architecture.channels) == 3:
             self.layer4 = nn.Identity()  # timm's forward names four stages
         self.embedding_dim = self.num_features

@@ -58,11 +58,11 @@ def loading_code(model: ModelConfig, format_: Format) -> str:
         return "\n".join([*imports, "", build, weights, "model.eval()"])
     if format_ == "torchvision":
         imports = ["import torch", "import torchvision", "from safetensors.torch import load_file"]
-        build = [f"model = torchvision.models.{model.encoder}()", "model.fc = torch.nn.Identity()"]
+        lines = [f"model = torchvision.models.{model.encoder}()", "model.fc = torch.nn.Identity()"]
     else:
         imports = ["import timm", "import torch", "from safetensors.torch import load_file"]
-        build = [f'model = timm.create_model("{model.encoder}", num_classes=0)']
-    return "\n".join([*imports, "", *build, *_stem_lines(model), weights, "model.eval()"])
+        lines = [f'model = timm.create_model("{model.encoder}", num_classes=0)']
+    return "\n".join([*imports, "", *lines, *_stem_lines(model), weights, "model.eval()"])
 
 
 def plain_model(model: ModelConfig, format_: Format) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from simclr_ray.config import Config
 from simclr_ray.model.encoder import make_encoder
@@ -20,10 +21,14 @@ def build_model(config: Config) -> SimCLR:
             stem=config.model.stem,
             zero_init_last=config.model.zero_init_last,
         )
-        projector = make_projector(
-            encoder.embedding_dim,
-            layers=config.model.projector_layers,
-            hidden_dim=config.model.projector_hidden,
-            output_dim=config.model.projection_dim,
-        )
+        projector: nn.Module
+        if config.distill.teacher is not None:  # what a student learns is a classifier
+            projector = nn.Linear(encoder.embedding_dim, config.model.projection_dim)
+        else:
+            projector = make_projector(
+                encoder.embedding_dim,
+                layers=config.model.projector_layers,
+                hidden_dim=config.model.projector_hidden,
+                output_dim=config.model.projection_dim,
+            )
     return SimCLR(encoder, projector)

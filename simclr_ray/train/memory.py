@@ -45,7 +45,7 @@ def smaller_micro_batch(derived: Derived) -> int | None:
 
 
 def _used() -> str:
-    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+    if not torch.cuda.is_available():
         return ""
     peak, total = torch.cuda.max_memory_allocated(), torch.cuda.get_device_properties().total_memory
     return f"a peak of {peak / 2**30:.1f} of {total / 2**30:.1f} GiB; "

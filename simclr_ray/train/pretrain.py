@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +79,10 @@ class Origin:
     step: int
 
 
+Beside = Callable[[Config, RunFolder], AbstractContextManager[None]]
+"""What goes on beside a training, while Ray runs."""
+
+
 def pretrain(
     config: ConfigSource = None,
     overrides: Sequence[str] = (),
@@ -85,6 +90,7 @@ def pretrain(
     fresh: bool = False,
     origin: Origin | None = None,
     stop: threading.Event | None = None,
+    beside: Beside = lambda config, run: nullcontext(),
 ) -> RunResult:
     """Train an encoder; run it again with the same `run.folder` and it continues where it stands.
 
@@ -94,6 +100,7 @@ def pretrain(
         fresh: Remove what an earlier run left in `run.folder` and start again.
         origin: Where to begin; it counts only until the run has a checkpoint of its own.
         stop: Once it is set, from any thread, all ranks save at the next step and end, as after Ctrl-C.
+        beside: Entered when workers are about to start, left when they have ended; for evaluation while training.
 
     Raises:
         KeyboardInterrupt: it was stopped.
@@ -116,12 +123,15 @@ def pretrain(
     with hold(run.uri, console.say) as lock:
         if fresh:
             start_afresh(run)
-        return _pretrain(settings, manifest, derived, console, lock, origin, stop or threading.Event())
+        return _pretrain(
+            settings, manifest, derived, console, lock,
+            origin=origin, stop=stop or threading.Event(), beside=beside,
+        )  # fmt: skip
 
 
 def _pretrain(
-    settings: Config, manifest: Manifest, derived: Derived, console: Console, lock: RunLock, origin: Origin | None,
-    stop: threading.Event,
+    settings: Config, manifest: Manifest, derived: Derived, console: Console, lock: RunLock, *,
+    origin: Origin | None, stop: threading.Event, beside: Beside,
 ) -> RunResult:  # fmt: skip
     """With the run folder held."""
     run, existed = open_run(settings, derived, manifest.fingerprint, say=console.say)
@@ -153,7 +163,8 @@ def _pretrain(
         console.say(f"views: {how_views_are_made(where)}, going by the driver's machine ({why})")
         note_views(run, maker=maker(), where=where, say=console.say)
         setup = _Setup(settings, manifest, derived, run, console, lock, workers, use_gpu, where, stop)
-        return _run(setup)
+        with beside(settings, run):
+            return _run(setup)
 
 
 def _begin_from(origin: Origin, run: RunFolder, manifest: Manifest) -> ckpt.Checkpoint:

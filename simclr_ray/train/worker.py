@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from simclr_ray.config import Config
+from simclr_ray.data.manifest import read_manifest
 from simclr_ray.data.plan import Segment
 from simclr_ray.errors import ClusterError, DataError, NumericsError, StorageError, root_cause
 from simclr_ray.learn.nt_xent import NTXent, distributed_nt_xent
@@ -43,6 +44,7 @@ from simclr_ray.train.saver import SavesFailedError, Verdict
 from simclr_ray.train.saves import Saves
 from simclr_ray.train.step import NON_FINITE, NonFiniteStepError, autocast_of, encoder_input, train_step
 from simclr_ray.train.step_log import Position, StepLog, TooManyRejectedError
+from simclr_ray.train.teacher import Teacher, labels_of_few, load_teacher, loss_from_teacher
 from simclr_ray.views.stage import Where
 
 
@@ -92,10 +94,13 @@ def _train(order: WorkerOrder, pulse: Pulse) -> None:
     saves = Saves(order.run.checkpoints, config.train, derived.total_steps, order.desk, rank=rank, device=device)
     views_on_device = ViewsOnDevice(device, policy, seed=config.run.seed, where=order.where)
     ahead = OneAhead(_batches(order, rank, world_size, first_step=start.step), views_on_device.bring)
+    teacher, labels = _teacher(config, device)
 
     def encode(views: Tensor) -> Tensor:
+        images = encoder_input(views, policy, channels_last=config.train.channels_last)
         with autocast():
-            return cast(Tensor, parallel(encoder_input(views, policy, channels_last=config.train.channels_last)))
+            outputs = cast(Tensor, parallel(images))
+            return outputs if teacher is None else torch.cat([outputs, teacher(images)], dim=1)
 
     def fetch(step: int) -> None:
         pulse.at(step, "data")
@@ -112,7 +117,9 @@ def _train(order: WorkerOrder, pulse: Pulse) -> None:
                 optimizer,
                 micro_batches,
                 encode=encode,
-                loss_of=_loss(config, batch, first=batch.step == start.step),
+                loss_of=_loss(config, batch, first=batch.step == start.step)
+                if teacher is None
+                else loss_from_teacher(config, labels, batch.sample_ids),
                 learning_rate=_learning_rate(order, batch.step),
                 clip_gradient_norm=config.optim.clip_gradient_norm,
                 meanwhile=functools.partial(fetch, batch.step),
@@ -177,6 +184,17 @@ def _loss(config: Config, batch: StepBatch, *, first: bool) -> Callable[[Tensor]
         exchange=config.loss.exchange,
         kernel=config.loss.kernel,
     )
+
+
+def _teacher(config: Config, device: torch.device) -> tuple[Teacher | None, np.ndarray | None]:
+    """What `distill` learns from: a teacher, and labels by sample id where some are seen; none in a pretraining."""
+    if config.distill.teacher is None:
+        return None, None
+    teacher = load_teacher(config.distill).to(device)
+    if not config.distill.label_fraction:
+        return teacher, None
+    manifest = read_manifest(str(config.data.train))
+    return teacher, labels_of_few(manifest, config.distill.label_fraction, config.run.seed)
 
 
 def _calibrate(model: SimCLR, encode: Callable[[Tensor], Tensor], micro_batches: Sequence[Tensor]) -> None:

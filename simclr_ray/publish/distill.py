@@ -1,0 +1,70 @@
+"""The verb `distill`: a student learns what its teacher says of images, without labels or with a few (SimCLR v2).
+
+It is a pretraining with another loss: the same stream, steps, checkpoints and resuming. Views are crops and flips alone
+(arXiv 2006.10029, section 2), and the projector is a classifier of the teacher's classes. The teacher is a classifier
+that `evaluate` trained on a few labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from simclr_ray import storage
+from simclr_ray.configure import ConfigSource, load_config, use_storage
+from simclr_ray.errors import ConfigError
+from simclr_ray.train.pretrain import RunResult, pretrain
+from simclr_ray.train.run import open_existing
+
+CROPS_AND_FLIPS = (
+    "views.jitter_probability=0", "views.grayscale_probability=0", "views.blur_probability=0",
+    "views.solarize_probability=0",
+)  # fmt: skip
+
+
+def distill(
+    teacher: str, config: ConfigSource, overrides: Sequence[str] = (), *, classifier: str | None = None,
+    temperature: float | None = None, label_fraction: float | None = None, fresh: bool = False,
+) -> RunResult:  # fmt: skip
+    """Train a student; run it again with the same `run.folder` and it continues where it stands.
+
+    Args:
+        teacher: Run folder of the teacher.
+        config: Of the student, as for `pretrain`.
+        overrides: On top of it.
+        classifier: File in the teacher's run; None takes the only one there is.
+        temperature: None takes the config's.
+        label_fraction: Part of the labels the student sees; None takes the config's, which is none.
+        fresh: Remove what an earlier run left in `run.folder`.
+
+    Raises:
+        ConfigError: the teacher has no classifier, or several; and all that `pretrain` raises.
+    """
+    from simclr_ray.train.teacher import load_teacher
+
+    chosen = [*overrides, *CROPS_AND_FLIPS]
+    chosen += [f"distill.temperature={temperature}"] if temperature is not None else []
+    chosen += [f"distill.label_fraction={label_fraction}"] if label_fraction is not None else []
+    settings = load_config(config, chosen)
+    use_storage(settings)
+    run, _ = open_existing(teacher)
+    name = classifier or settings.distill.classifier or _only_classifier(run.uri)
+    values = settings.model_dump(mode="json")
+    values["distill"] |= {"teacher": run.uri, "classifier": name}
+    settings = load_config(values)
+    values["model"]["projection_dim"] = load_teacher(settings.distill).num_classes
+    return pretrain(load_config(values), fresh=fresh)
+
+
+def _only_classifier(run: str) -> str:
+    found = sorted(
+        uri.removeprefix(f"{run}/") for uri, _ in storage.list_files(storage.join(run, "eval"))
+        if uri.rpartition("/")[2].startswith("classifier-")
+    )  # fmt: skip
+    if len(found) == 1:
+        return found[0]
+    raise ConfigError(
+        "the teacher has several classifiers" if found else "the teacher has no classifier yet", where=run,
+        got=", ".join(found) or None,
+        fix="choose one with --classifier" if found
+        else "make one with: simclr-ray evaluate TEACHER --set evaluate.protocols=[finetune]",
+    )  # fmt: skip
