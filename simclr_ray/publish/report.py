@@ -6,8 +6,9 @@ it would stand. The file appears whole or not at all, and replaces nothing but a
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,8 +92,7 @@ def report(
 def page_of(records: Sequence[RunRecord], options: ReportOptions, say: Callable[[str], None]) -> Page:
     """Everything that the page shows."""
     labels = labels_of(records)
-    looks = [_look(record, label, options, say) for record, label in zip(records, labels, strict=True)]
-    views = [_of_run(record, label, colour, looks[colour], options)
+    runs = [_of_run(record, label, colour, options, say)
              for colour, (record, label) in enumerate(zip(records, labels, strict=True))]  # fmt: skip
     many = len(records) > 1
     title = "Runs compared: " + ", ".join(labels) if many else f"Run {labels[0]}"
@@ -102,7 +102,7 @@ def page_of(records: Sequence[RunRecord], options: ReportOptions, say: Callable[
         + ("pictures of the data set." if options.images else "no pictures of the data set."),
         footer="Numbers are those of metrics.jsonl, eval/results.json and run.json in the run folder"
         + ("s." if many else "."),
-        runs=views,
+        runs=runs,
         learning=report_charts.learning(records, labels),
         learning_note=""
         if comparable_losses(records)
@@ -151,8 +151,11 @@ def _publish(target: str, data: bytes, version: str | None) -> None:
 
 
 def _of_run(
-    record: RunRecord, label: str, colour: int, look: Mapping[str, Any], options: ReportOptions
+    record: RunRecord, label: str, colour: int, options: ReportOptions, say: Callable[[str], None]
 ) -> Mapping[str, Any]:
+    with _stores_of(record):
+        views = views_section(record) if options.images else {"why": "", "shown": []}
+        look = _look(record, label, options, say)
     bars, lines = report_charts.timeline(record)
     moods = {"finished": "finished", "running": "", "new": ""}
     return {
@@ -164,12 +167,25 @@ def _of_run(
         "facts": facts_of(record),
         "notes": list(record.notes),
         "results": results_section(record),
-        "views": views_section(record) if options.images else {"why": "", "shown": []},
+        "views": views,
         "look": look,
         "quarantine": quarantine_section(record),
         "timeline": bars,
         "timeline_notes": lines,
     }
+
+
+@contextlib.contextmanager
+def _stores_of(record: RunRecord) -> Iterator[None]:
+    """Reach stores as the run does, unless the command says how; its images may lie where the run itself does not."""
+    before = storage.current()
+    if record.config is not None and before == storage.StorageSettings():
+        use_storage(record.config)
+    try:
+        yield
+    finally:
+        if storage.current() != before:
+            storage.configure(before)
 
 
 def _look(record: RunRecord, label: str, options: ReportOptions, say: Callable[[str], None]) -> Mapping[str, Any]:

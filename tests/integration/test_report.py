@@ -15,11 +15,12 @@ from PIL import Image
 
 from simclr_ray import report, storage
 from simclr_ray.cli import main
-from simclr_ray.data.manifest import Manifest
+from simclr_ray.data.manifest import Manifest, read_manifest
 from simclr_ray.errors import ConfigError
 from simclr_ray.publish.page import BEGIN
 from simclr_ray.publish.runs import find_runs
 from tests.integration.report_runs import HOSTILE, SECRET
+from tests.servers.seaweed import Seaweed
 from tests.unit.publish.made import made_run, results
 
 pytestmark = pytest.mark.integration
@@ -193,3 +194,18 @@ def test_a_run_in_a_bucket_and_a_report_there(hostile_run: Path, s3_folder: str)
     assert b"data:image" not in storage.read_bytes(target)
     assert find_runs([s3_folder]) == [uri]
     assert main(["runs", "best", s3_folder]) == 0
+
+
+def test_images_are_looked_for_where_the_run_finds_them(
+    s3: Seaweed, s3_folder: str, data_set: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run on this machine whose images lie in a store that only its settings name."""
+    for file, _ in storage.list_files(data_set.folder):
+        storage.write_bytes(s3_folder + file.removeprefix(data_set.folder), storage.read_bytes(file))
+    there = read_manifest(s3_folder)
+    run = made_run(tmp_path / "run", there, storage__endpoint=s3.endpoint)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
+    before = storage.current()
+    report([run.uri], str(tmp_path / "report.html"), embedded=0)
+    assert storage.current() == before
+    assert "view b: crop" in Page((tmp_path / "report.html").read_bytes()).text
