@@ -67,11 +67,12 @@ def main(folder: Path) -> None:
 
 def train_alone(folder: Path, number: int, settings: dict[str, object]) -> float:
     """Seconds of one training as its own command, start of Ray included."""
+    folder_of = f"run.folder={folder / f'alone-{number}'}"
     given = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
     began = time.monotonic()
     subprocess.run(
         [sys.executable, "-m", "simclr_ray.cli", "pretrain", str(RECIPE)]
-        + [part for text in (*OVERRIDES, *given, f"run.folder={folder / f'alone-{number}'}") for part in ("--set", text)],
+        + [part for text in (*OVERRIDES, *given, folder_of) for part in ("--set", text)],
         check=True, cwd=ROOT, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     return time.monotonic() - began

@@ -41,8 +41,12 @@ ALL = 1_000_000
 """Checkpoints that the training keeps: none may go before it is measured; the trial deletes those that were."""
 LOOK_S, LOOK_FAR_S = 0.5, 3.0
 """Between two looks for a checkpoint: in a local folder, and in a store where looking is a request."""
-STOP_S = 120.0
-"""Longest wait for a training that was asked to stop."""
+STOP_S, HUNG_S = 120.0, 5.0
+"""Longest wait for a training that was asked to stop: for a step and a save, and where it no longer makes steps."""
+
+
+class StalledError(ClusterError):
+    """A trial that no longer gets anywhere; it had its time, and is not begun again."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
             score = self._next_score()
         except NumericsError as error:
             return self._end(f"diverged: {error.what}")
-        except (ConfigError, DataError) as error:  # every retry would meet it again
+        except (ConfigError, DataError, StalledError) as error:  # every retry would meet it again
             return self._end(str(error))
         self._pointer = Place(self._run.uri, score.step)
         last = self._rungs.due_after(score.step) is None
@@ -174,7 +178,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
             return
         if self._record.status == "finished":
             self._training.wait(STOP_S)  # it is about to end by itself, and its run folder should say so
-        self._training.stop(STOP_S)
+        self._training.stop(HUNG_S if self._record.status == "failed" else STOP_S)
 
     def _begin(self) -> None:
         mine = self._record.life(self._folder, self._settings, self._pointer)
@@ -232,7 +236,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
                     "the training ended without a checkpoint", where=self._run.uri, expected=f"one of step {due}"
                 )
             if time.monotonic() - since > self._plan.stall_s:
-                raise ClusterError(
+                raise StalledError(
                     f"no checkpoint of step {due} came for {self._plan.stall_s:g} s", where=self._run.uri,
                     fix="raise stall_s in the space where nodes or steps take longer",
                 )  # fmt: skip
@@ -248,7 +252,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         try:
             return dict(ray.get(task.remote(*arguments), timeout=self._plan.stall_s))
         except ray.exceptions.GetTimeoutError:
-            raise ClusterError(
+            raise StalledError(
                 f"step {step} was not measured within {self._plan.stall_s:g} s", where=self._run.uri,
                 fix="raise stall_s in the space, or ask for fewer images or less in objective.cpus",
             ) from None  # fmt: skip

@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from simclr_ray import storage
 from simclr_ray.config import ClusterConfig
 from simclr_ray.errors import ClusterError, root_cause
+from simclr_ray.train.address import HOOK
 from simclr_ray.train.planes import Planes, refuse_empty_planes, whole
 from simclr_ray.version import __version__
 from simclr_ray.views.make import Maker
@@ -86,7 +87,7 @@ def connected(config: ClusterConfig, *, runs: int = 1, state_api: bool = False) 
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.start_timeout_s)
     calm: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    hook = {"worker_process_setup_hook": "simclr_ray.train.cluster.know_address"} if state_api else {}
+    hook = {"worker_process_setup_hook": HOOK} if state_api else {}
     address = config.address or os.environ.get("RAY_ADDRESS")
     try:
         if address:
@@ -294,11 +295,6 @@ def draining_nodes() -> frozenset[str]:
         return frozenset(state.get_draining_nodes())
     except (AttributeError, ray.exceptions.RayError):
         return frozenset()  # another version of Ray's: only the extra checkpoint is lost
-
-
-def know_address() -> None:
-    """In each worker process of a job: name the cluster it belongs to, for libraries that look it up by themselves."""
-    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
 
 
 def local_cpus(config: ClusterConfig, runs: int = 1) -> int:

@@ -17,6 +17,7 @@ from ray.util import placement_group_table
 
 from simclr_ray.errors import SimclrError
 from simclr_ray.search.tune import tune
+from simclr_ray.train.address import HOOK
 
 GONE_WITHIN_S = 60.0
 
@@ -30,7 +31,7 @@ def main(config: str, space: str, folder: str, cpus: int) -> None:
     """Search, then look what is left."""
     ray.init(
         address="local", num_cpus=cpus, include_dashboard=True, log_to_driver=False, logging_level=logging.ERROR,
-        runtime_env={"worker_process_setup_hook": "simclr_ray.train.cluster.know_address"},
+        runtime_env={"worker_process_setup_hook": HOOK},
     )  # fmt: skip
     failed = None
     try:

@@ -16,7 +16,7 @@ from tests.faults.commands import wait_for
 from tests.faults.growing import alive_nodes, growing_cluster
 from tests.faults.test_search_faults import files, grid, tune_command
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(540)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
 def test_the_cluster_grows_for_trials_and_shrinks_when_they_are_done(data_set: Manifest, tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_the_cluster_grows_for_trials_and_shrinks_when_they_are_done(data_set: M
         try:
             process = subprocess.run(
                 [sys.executable, *map(str, tune_command(config, space, folder))], stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, text=True, timeout=420, check=False,
+                stderr=subprocess.STDOUT, text=True, timeout=1200, check=False,
             )  # fmt: skip
         finally:
             done.set()

@@ -22,7 +22,7 @@ from simclr_ray.train.checkpoint import committed_steps
 from tests.conftest import small_run
 from tests.faults.commands import wait_for
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(540)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(1500)]
 
 INJECT = Path(__file__).parent / "inject_search"
 PROBE = {"images": 32, "voters": 64, "views": 2}
@@ -66,7 +66,7 @@ def tune_command(config: Path, space: Path, folder: Path) -> list[object]:
 
 def run(*arguments: object, fault: str | None = None) -> tuple[int, str]:
     with started(*arguments, fault=fault) as process:
-        output, _ = process.communicate(timeout=500)
+        output, _ = process.communicate(timeout=1400)
         return process.returncode, output
 
 
@@ -129,7 +129,7 @@ def test_finalists_are_trained_again_and_the_best_configuration_trains(data_set:
 @pytest.mark.slow
 def test_row_48_trials_that_crash_hang_or_diverge_cost_only_themselves(data_set: Manifest, tmp_path: Path) -> None:
     folder = tmp_path / "search"
-    config, space = files(folder, data_set, grid(0.1, 0.2, 0.5, 1.0) | {"stall_s": 60.0}, cluster__max_failures=0)
+    config, space = files(folder, data_set, grid(0.1, 0.2, 0.5, 1.0) | {"stall_s": 200.0}, cluster__max_failures=0)
     found, output = sweep(config, space, folder, cpus=3, fault="0.2=nan 0.5=crash 1.0=hang")
     assert found["failed"] is None, output
     assert found["left"] == [], output
@@ -139,7 +139,7 @@ def test_row_48_trials_that_crash_hang_or_diverge_cost_only_themselves(data_set:
     assert records[0.2].status == records[0.5].status == records[1.0].status == "failed"
     assert "diverged" in records[0.2].why
     assert "training stopped" in records[0.5].why
-    assert "came for 60 s" in records[1.0].why
+    assert "came for 200 s" in records[1.0].why
     for temperature in (0.2, 0.5, 1.0):
         assert f"trial {records[temperature].name} failed: " in output
     assert load_config(folder / "best.yaml").loss.temperature == 0.1
@@ -168,7 +168,7 @@ def test_row_48_a_killed_search_goes_on_where_it_stood(data_set: Manifest, tmp_p
 
     space.write_text(space.read_text().replace("every: 5", "every: 100"))
     with started(*tune_command(config, space, folder)) as process:
-        wait_for(in_the_middle, timeout_s=300)
+        wait_for(in_the_middle, timeout_s=900)
         before = {one.name: one for one in read_records(str(folder / "trials"))}
         os.kill(process.pid, signal.SIGKILL)
         process.wait()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from simclr_ray.config import ClusterConfig
+from simclr_ray.train.address import HOOK
 from simclr_ray.train.cluster import CPUS_FOR_A_GPU, differences, resolve_views, versions
 from simclr_ray.views.make import Maker
 
@@ -45,3 +48,9 @@ def test_the_stream_leaves_colours_to_gpus_below_the_cpus_that_its_maker_of_view
 def test_the_cpus_for_a_gpu_are_twice_those_that_the_benchmark_asks_for(maker: Maker, name: str) -> None:
     rate = MEASURED["speed"]["cases"]["500 x 375"]["pipelines"][name]["images_a_second"]
     assert CPUS_FOR_A_GPU[maker] == pytest.approx(2 * 1250 / rate, rel=0.2)
+
+
+def test_what_every_worker_process_of_a_search_runs_first_is_light() -> None:
+    """Torch in each of a trial's ten small processes took most of a short trial's time."""
+    program = f"import sys, {HOOK.rpartition('.')[0]}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
