@@ -1,7 +1,7 @@
 """SimCLR on Ray: self-supervised image encoders from a bucket of unlabeled images.
 
 The verbs of the command line are functions here, with the same names: `pretrain`, `tune`, `distill`, `evaluate`,
-`pack`, `index`, `fetch_data`, `preview`, `embed`, `neighbours`, `export`, `import_weights`, `report`, and `load_encoder`
+`pack`, `index`, `fetch_data`, `preview`, `embed`, `neighbours`, `export`, `import_weights`, `report`; `load_encoder`
 for what a run learned. `nt_xent` is the loss alone and `two_views` the views alone, for any torch program. They are
 imported on first use, so that importing the package stays cheap and these two need no Ray.
 """
