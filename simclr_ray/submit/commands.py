@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import time
 from collections.abc import Callable
-from itertools import takewhile
 from typing import Any
 
 from simclr_ray.observe.console import Console, duration
@@ -25,9 +25,8 @@ def add_commands(verbs: Any, make_verb: MakeVerb) -> None:
     verb = make_verb(verbs, "submit", _submit, "run a verb as a job of a running cluster, and follow it")
     verb.add_argument("verb", choices=tuple(VERBS), help="what to run there")
     verb.add_argument("target", metavar="CONFIG", help="YAML file; for verbs that take folders, the first of them")
-    verb.add_argument(
-        "rest", nargs="*", metavar="FOLDER", help="the others; after -- flags of the verb, as --labels folder"
-    )
+    verb.add_argument("folders", nargs="*", metavar="FOLDER", help="the others")
+    verb.add_argument("--flags", default="", help="of the verb, as one word, such as --flags='--labels folder'")
     verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
     verb.add_argument("--fresh", action="store_true", help="as of pretrain: remove what an earlier run left there")
     verb.add_argument("--detach", action="store_true", help="print the job's id and leave it to itself")
@@ -72,10 +71,9 @@ def _submit(options: argparse.Namespace) -> int:
     from simclr_ray.submit import jobs
 
     console = Console()
-    folders = list(takewhile(lambda word: not word.startswith("-"), options.rest))
-    flags = options.rest[len(folders) :] + ["--fresh"] * options.fresh
+    flags = shlex.split(options.flags) + ["--fresh"] * options.fresh
     job = jobs.submit(
-        options.verb, options.target, options.set, address=options.address, folders=folders, options=flags,
+        options.verb, options.target, options.set, address=options.address, folders=options.folders, options=flags,
         job=options.id, environment=options.environment,
         any_versions=options.any_versions, stop_wait_s=options.stop_wait_s,
         allow_unauthenticated=options.allow_unauthenticated, say=console.say,

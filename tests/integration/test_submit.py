@@ -147,7 +147,7 @@ def test_a_job_is_stopped_with_a_checkpoint_and_a_second_one_continues_it(
 @pytest.mark.slow
 def test_a_verb_of_folders_runs_as_a_job_with_its_flags(head: RayHead, data_set: Manifest, tmp_path: Path) -> None:
     sent = call("submit", "pack", data_set.folder, tmp_path / "packed", "--address", head.dashboard,
-                "--", "--labels", "stored", "--seed", "5", environment=head.environment)  # fmt: skip
+                "--flags=--labels stored --seed 5", environment=head.environment)  # fmt: skip
     assert sent.code == 0, sent
     assert "packed 400 images" in sent.out
     assert read_manifest(str(tmp_path / "packed")).rows == 400

@@ -87,7 +87,7 @@ def ray_head(
     gcs, dashboard, metrics = free_port(), free_port(), free_port()
     auth = authentication(folder, token) | {"RAY_metrics_report_interval_ms": "1000"}
     # Sockets have at most 107 characters in their path, so not below pytest's folders.
-    with tempfile.TemporaryDirectory(prefix="rh", dir="/tmp", ignore_cleanup_errors=True) as session:
+    with tempfile.TemporaryDirectory(prefix="rh", ignore_cleanup_errors=True) as session:
         command = [
             sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--node-ip-address=127.0.0.1",
             f"--port={gcs}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1",

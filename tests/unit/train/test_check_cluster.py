@@ -38,8 +38,8 @@ def test_what_only_an_autoscaler_can_bring_is_no_error_and_what_nobody_can_is_on
 
 def test_the_fullest_disk_is_named_and_one_that_ray_would_not_spill_to_is_a_warning() -> None:
     facts = {
-        "10.0.0.1 (aaaaaa)": NodeFacts({}, "/tmp/ray", 100 * GIB, 60 * GIB),
-        "10.0.0.2 (bbbbbb)": NodeFacts({}, "/tmp/ray", 100 * GIB, 4 * GIB),
+        "10.0.0.1 (aaaaaa)": NodeFacts({}, "spill", 100 * GIB, 60 * GIB),
+        "10.0.0.2 (bbbbbb)": NodeFacts({}, "spill", 100 * GIB, 4 * GIB),
     }
     said = list(disks(facts, 2 * GIB))
     assert "at least 4.0 GiB free on each node (least on 10.0.0.2 (bbbbbb))" in said[0]
