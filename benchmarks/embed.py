@@ -31,7 +31,8 @@ from simclr_ray.configure import load_config
 from simclr_ray.data.decode import Limits, Rejected, decode
 from simclr_ray.data.manifest import Manifest, read_manifest
 from simclr_ray.evaluate.encode import TrainedEncoder, load_encoder
-from simclr_ray.publish.embed import EmbedActor, EmbedOptions, _claim, _identity, _order, embed
+from simclr_ray.publish.embed import EmbedActor, _order, embed
+from simclr_ray.publish.embed_folder import EmbedOptions, claim_folder, identity_of
 from simclr_ray.publish.embed_part import ROWS_AT_ONCE, PartMaker
 from simclr_ray.publish.parts import cut
 from simclr_ray.train import checkpoint as ckpt
@@ -99,19 +100,22 @@ def bare_loop(trained: TrainedEncoder, manifest: Manifest) -> None:
 def maker_alone(trained: TrainedEncoder, manifest: Manifest, out: Path) -> Rate:
     """What an actor does, in this process: everything but Ray."""
     options = EmbedOptions()
-    identity = _identity(trained, manifest, Limits(), options, 4096)
+    identity = identity_of(trained, manifest, Limits(), options, 4096)
     order = _order(str(out), trained, manifest, Limits(), options, identity)
-    _claim(str(out), identity)
+    claim_folder(str(out), identity)
     maker = PartMaker(order, trained.model.encoder.to(memory_format=torch.channels_last), torch.device("cpu"))
     return rate(manifest.rows, lambda: [maker.make(part) for part in cut(manifest.rows, 4096)])
 
 
-def actor_alone(trained: TrainedEncoder, manifest: Manifest, out: Path) -> Rate:
-    """One actor process that is up, asked part by part as Ray Data asks it."""
+def actors(trained: TrainedEncoder, manifest: Manifest, run: str, out: Path) -> tuple[Rate, Rate]:
+    """The bare loop, and then an actor's work asked part by part as Ray Data asks it, in one process of Ray's.
+
+    In Ray's, for Ray gives its workers a lower priority than a program has, which tells on a busy machine.
+    """
     options = EmbedOptions()
-    identity = _identity(trained, manifest, Limits(), options, 4096)
+    identity = identity_of(trained, manifest, Limits(), options, 4096)
     order = _order(str(out), trained, manifest, Limits(), options, identity)
-    _claim(str(out), identity)
+    claim_folder(str(out), identity)
     wrapped = [ray.put(order), ray.put(trained.model.encoder)]
     actor = ray.remote(num_cpus=1)(_Held).remote(wrapped, 1)
     parts = cut(manifest.rows, 4096)
@@ -121,9 +125,13 @@ def actor_alone(trained: TrainedEncoder, manifest: Manifest, out: Path) -> Rate:
         answers = [actor.make.remote({"first": [part.first], "stop": [part.stop]}) for part in parts]
         assert all(not one["error"][0] for one in ray.get(answers))
 
-    measured = rate(manifest.rows, work, cpu=lambda: ray.get(actor.cpu.remote()))
+    def cpu() -> float:
+        return ray.get(actor.cpu.remote())
+
+    bare = rate(manifest.rows, lambda: ray.get(actor.bare.remote(run)), cpu)
+    measured = rate(manifest.rows, work, cpu)
     ray.kill(actor)
-    return measured
+    return bare, measured
 
 
 class _Held:
@@ -135,6 +143,9 @@ class _Held:
 
     def cpu(self) -> float:
         return time.process_time()
+
+    def bare(self, run: str) -> None:
+        bare_loop(load_encoder(run), read_manifest(str(DATA)))
 
     def make(self, batch: dict) -> dict:
         return self._actor(batch)
@@ -153,12 +164,12 @@ def main() -> None:
         base = Path(scratch)
         run = make_run(base / "run", options.encoder, options.size)
         trained = load_encoder(run)
-        bare_loop(trained, manifest)  # warm
         for number in range(options.rounds):
+            bare_rate, actor_rate = actors(trained, manifest, run, base / f"actor-{number}")
             measured = {
-                "bare loop": rate(manifest.rows, lambda: bare_loop(trained, manifest)),
+                "bare loop": bare_rate,
+                "an actor at work": actor_rate,
                 "a part's work, without Ray": maker_alone(trained, manifest, base / f"maker-{number}"),
-                "an actor at work": actor_alone(trained, manifest, base / f"actor-{number}"),
             }
             report = embed(run, str(DATA), str(base / f"out-{number}"), EmbedOptions(actors=(1, 1)))
             measured["embed, one actor, with its start"] = Rate(report.rows / report.seconds, float("nan"))

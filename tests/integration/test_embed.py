@@ -22,7 +22,7 @@ from simclr_ray.data.decode import Limits, decode
 from simclr_ray.data.manifest import Manifest, read_manifest
 from simclr_ray.data.shards import ImageRow
 from simclr_ray.errors import ConfigError, DataError, NumericsError
-from simclr_ray.publish.embed import MANIFEST_NAME, read_embedding
+from simclr_ray.publish.embed_folder import MANIFEST_NAME, read_embedding
 from simclr_ray.publish.parts import part_of, vectors_of
 from tests.conftest import FASHION, make_data_set, real_rows
 from tests.integration.test_pretrain import kill_worker, when
