@@ -20,8 +20,9 @@ from simclr_ray.evaluate.evaluate import evaluate
 from simclr_ray.evaluate.online import online_evaluation
 from simclr_ray.evaluate.preview import preview
 from simclr_ray.publish.distill import distill
-from simclr_ray.publish.embed import EmbedOptions, EmbedReport
+from simclr_ray.publish.embed import EmbedReport
 from simclr_ray.publish.embed import embed as _embed
+from simclr_ray.publish.embed_folder import EmbedOptions
 from simclr_ray.publish.embed_part import Precision
 from simclr_ray.publish.export import export
 from simclr_ray.publish.import_weights import ImportReport, import_weights

@@ -15,17 +15,13 @@ work twice and harm nothing, for both write the same files.
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import ray.data
 import ray.exceptions
@@ -39,46 +35,20 @@ from simclr_ray.data.manifest import Manifest, read_manifest
 from simclr_ray.data.stream import configure_ray_data
 from simclr_ray.errors import ClusterError, ConfigError, DataError, NumericsError, SimclrError, StorageError
 from simclr_ray.evaluate.encode import TrainedEncoder, load_encoder
-from simclr_ray.publish.embed_part import ROWS_AT_ONCE, EmbedOrder, PartMaker, Precision
-from simclr_ray.publish.parts import Dtype, FoundPart, Part, RejectedImage, cut, look_at_part, part_of
+from simclr_ray.publish.embed_folder import EmbedOptions, claim_folder, finish_folder, found_parts, identity_of
+from simclr_ray.publish.embed_part import ROWS_AT_ONCE, EmbedOrder, PartMaker
+from simclr_ray.publish.parts import Part, cut, look_at_part
 from simclr_ray.train.cluster import connected, prints_logged, refuse_other_versions
 from simclr_ray.train.derive import limits_of
 from simclr_ray.train.run import open_existing
-from simclr_ray.version import __version__
 
-FORMAT = 1
-MANIFEST_NAME, BEGUN_NAME, REJECTED_NAME = "manifest.json", "_begun.json", "rejected.parquet"
-REJECTED_SCHEMA = pa.schema(
-    [("sample_id", pa.int64()), ("uri", pa.string()), ("reason", pa.string()), ("detail", pa.string())]
-)
 ROWS_PER_FILE = 4096
 """16 MB of float16 vectors of ResNet-50."""
 SAY_EVERY_S = 30.0
-_FOOTERS_AT_ONCE = 16
 _MOST_BLOCKS = 4096
 """Pieces of work that Ray Data is told of at most; with more parts, one piece has several."""
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class EmbedOptions:
-    """How a data set is embedded."""
-
-    dtype: Dtype = "float16"
-    """Of the stored vectors."""
-    precision: Precision = "fp32"
-    """Of the encoder while it computes."""
-    step: int | None = None
-    """Checkpoint of the run; None takes the newest."""
-    rows_per_file: int | None = None
-    """Images of a file: whole units, and a multiple of `ROWS_AT_ONCE`; None: about 4096."""
-    actors: tuple[int, int] | None = None
-    """Fewest and most actors; None: one, up to what the cluster has room for now."""
-    use_gpu: bool | None = None
-    """A GPU for each actor; None: where the cluster has one."""
-    cpus_per_actor: int = 1
-    """Threads that decode beside a GPU, or those of an encoder on CPUs."""
 
 
 @dataclass(frozen=True)
@@ -126,14 +96,14 @@ def embed(
     rows_per_file = _check(options, manifest)
     trained = load_encoder(run, options.step)
     limits = limits_of(open_existing(run)[1].data)
-    identity = _identity(trained, manifest, limits, options, rows_per_file)
+    identity = identity_of(trained, manifest, limits, options, rows_per_file)
     order = _order(out, trained, manifest, limits, options, identity)
-    finished = _claim(out, identity)
+    finished = claim_folder(out, identity)
     parts = cut(manifest.rows, rows_per_file)
     if finished is not None:
         say(f"{out}: complete already, nothing to do")
         return _report_of(out, finished, kept=len(parts), seconds=0.0)
-    found = _found(out, parts, order.work)
+    found = found_parts(out, parts, order.work)
     missing = [part for part in parts if part not in found]
     say(f"embed: {manifest.rows:,} images into {len(parts):,} files of vectors of {order.width} {options.dtype}s")
     if found:
@@ -145,32 +115,9 @@ def embed(
             started = time.monotonic()
             _run(order, trained, missing, options, say)
             seconds = time.monotonic() - started
-    written = _found(out, parts, order.work, known=found)
-    numbers = _finish(order, identity, parts, written, run=run, step=trained.step)
+    written = found_parts(out, parts, order.work, known=found)
+    numbers = finish_folder(order, identity, parts, written, run=run, step=trained.step)
     return _report_of(out, numbers, kept=len(found), seconds=seconds)
-
-
-def read_embedding(folder: str) -> dict[str, Any]:
-    """`manifest.json` of a finished embedding.
-
-    Raises:
-        DataError: there is none, or it was not finished.
-    """
-    folder = storage.normalise(folder)
-    try:
-        return dict(json.loads(storage.read_bytes(storage.join(folder, MANIFEST_NAME))))
-    except FileNotFoundError:
-        begun = storage.exists(storage.join(folder, BEGUN_NAME))
-        raise DataError(
-            "the embedding here is not finished" if begun else "no embedding here: manifest.json is missing",
-            where=folder, fix="run the same simclr-ray embed again" if begun else "make one with: simclr-ray embed",
-        ) from None  # fmt: skip
-
-
-def weights_digest(model: torch.nn.Module) -> str:
-    """Digest of a module's names, parameters and buffers."""
-    parts = [f"{name}:{storage.digest(value.numpy().tobytes())}" for name, value in sorted(model.state_dict().items())]
-    return storage.digest("\n".join(parts).encode())
 
 
 def _check(options: EmbedOptions, manifest: Manifest) -> int:
@@ -197,29 +144,6 @@ def _check(options: EmbedOptions, manifest: Manifest) -> int:
     return rows
 
 
-def _identity(
-    trained: TrainedEncoder, manifest: Manifest, limits: Limits, options: EmbedOptions, rows_per_file: int
-) -> dict[str, Any]:
-    """Everything that decides the vectors and where they lie."""
-    policy = trained.policy
-    return {
-        "format": FORMAT,
-        "encoder": weights_digest(trained.model.encoder),
-        "data_set": manifest.fingerprint,
-        "images": manifest.rows,
-        "size": policy.size,
-        "central_fraction": policy.central_fraction,
-        "interpolation": policy.interpolation,
-        "flavour": policy.flavour,
-        "mean": list(policy.mean) if policy.mean else None,
-        "std": list(policy.std) if policy.std else None,
-        "dtype": options.dtype,
-        "precision": options.precision,
-        "rows_per_file": rows_per_file,
-        "limits": asdict(limits) | {"background": list(limits.background)},
-    }
-
-
 def _order(
     out: str, trained: TrainedEncoder, manifest: Manifest, limits: Limits, options: EmbedOptions,
     identity: Mapping[str, Any],
@@ -229,66 +153,6 @@ def _order(
         work, out, manifest, columns_of(manifest, "label"), limits, trained.policy, options.dtype, options.precision,
         trained.width,
     )  # fmt: skip
-
-
-def _claim(folder: str, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Take the folder; returns `manifest.json` where the same work is finished.
-
-    Raises:
-        ConfigError: it holds something else.
-    """
-    wanted = json.dumps(identity, indent=1).encode()
-    names = storage.list_names(folder)
-    for name in (MANIFEST_NAME, BEGUN_NAME):
-        if name in names:
-            said = json.loads(storage.read_bytes(storage.join(folder, name)))
-            begun = said["identity"] if name == MANIFEST_NAME else said
-            _refuse_another(folder, begun, json.loads(wanted))
-            return dict(said) if name == MANIFEST_NAME else None
-    if names:
-        raise ConfigError(
-            "the folder is not empty and holds no embedding", where=folder, got=", ".join(names[:3]),
-            fix="choose another folder, or delete this one",
-        )  # fmt: skip
-    storage.write_bytes(storage.join(folder, BEGUN_NAME), wanted)
-    return None
-
-
-def _refuse_another(folder: str, begun: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    keys = [key for key in dict.fromkeys([*begun, *wanted]) if begun.get(key) != wanted.get(key)]
-    if keys:
-        lines = "\n".join(f"  {key}: there {begun.get(key)!r}, now {wanted.get(key)!r}" for key in keys)
-        raise ConfigError(
-            f"the folder holds embeddings of another work:\n{lines}", where=folder,
-            fix="choose another folder, or repeat the command with the same encoder, data set and options",
-        )  # fmt: skip
-
-
-def _found(
-    folder: str, parts: list[Part], work: str, known: Mapping[Part, FoundPart] | None = None
-) -> dict[Part, FoundPart]:
-    """The parts that are there, whole and of this work.
-
-    Raises:
-        ConfigError: a file of vectors lies there that belongs to no part.
-    """
-    known = dict(known or {})
-    wanted, there = set(parts), list[Part]()
-    for name in storage.list_names(folder):
-        part = part_of(name)
-        if part is None:
-            continue
-        if part not in wanted:
-            raise ConfigError("a file of vectors that is no part of this work", where=storage.join(folder, name),
-                              fix="move it away")  # fmt: skip
-        if part not in known:
-            there.append(part)
-    with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
-        looked = pool.map(lambda part: look_at_part(storage.join(folder, part.name)), there)
-        for part, found in zip(there, looked, strict=True):
-            if found and (found.note.work, found.note.first, found.note.stop) == (work, part.first, part.stop):
-                known[part] = found
-    return known
 
 
 def _run(order: EmbedOrder, trained: TrainedEncoder, missing: list[Part], options: EmbedOptions, say: Say) -> None:
@@ -393,54 +257,6 @@ def _error_of(text: str) -> SimclrError:
     parts = json.loads(text)
     kinds = {kind.__name__: kind for kind in (ConfigError, DataError, StorageError, ClusterError, NumericsError)}
     return kinds.get(parts.pop("class"), SimclrError)(parts.pop("what"), **parts)
-
-
-def _finish(
-    order: EmbedOrder, identity: Mapping[str, Any], parts: list[Part], found: Mapping[Part, FoundPart], *, run: str,
-    step: int,
-) -> dict[str, Any]:  # fmt: skip
-    """Write what stands beside the parts, `manifest.json` last.
-
-    Raises:
-        ClusterError: a part is missing, though Ray said that all were made.
-    """
-    absent = [part.name for part in parts if part not in found]
-    if absent:
-        raise ClusterError(
-            f"{len(absent)} files are missing after all were made", where=order.folder, got=absent[0],
-            fix="run the same command again",
-        )  # fmt: skip
-    rejected = [one for part in parts for one in found[part].note.rejected]
-    _write_rejected(order.folder, rejected)
-    reasons: dict[str, int] = {}
-    for one in rejected:
-        reasons[one.reason] = reasons.get(one.reason, 0) + 1
-    numbers = {
-        "identity": dict(identity),
-        "version": __version__,
-        "run": storage.normalise(run),
-        "step": step,
-        "data_set": {"folder": order.manifest.folder, "classes": list(order.manifest.classes)},
-        "rows": sum(found[part].rows for part in parts),
-        "width": order.width,
-        "labelled": order.columns.label is not None,
-        "rejected": reasons,
-        "files": [
-            {"name": part.name, "first": part.first, "stop": part.stop, "rows": found[part].rows,
-             "bytes": found[part].bytes}
-            for part in parts
-        ],
-    }  # fmt: skip
-    storage.write_bytes(storage.join(order.folder, MANIFEST_NAME), json.dumps(numbers, indent=1).encode())
-    storage.delete_file(storage.join(order.folder, BEGUN_NAME))
-    return numbers
-
-
-def _write_rejected(folder: str, rejected: list[RejectedImage]) -> None:
-    table = pa.Table.from_pylist([one._asdict() for one in rejected], schema=REJECTED_SCHEMA)
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    storage.write_bytes(storage.join(folder, REJECTED_NAME), buffer.getvalue())
 
 
 def _report_of(folder: str, numbers: Mapping[str, Any], *, kept: int, seconds: float) -> EmbedReport:

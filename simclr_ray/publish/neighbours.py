@@ -21,7 +21,7 @@ from simclr_ray.data.decode import Limits, Rejected, decode
 from simclr_ray.data.units import BYTES_AHEAD, read_ahead
 from simclr_ray.errors import ConfigError, DataError, StorageError
 from simclr_ray.evaluate.encode import load_encoder
-from simclr_ray.publish.embed import read_embedding, weights_digest
+from simclr_ray.publish.embed_folder import read_embedding, weights_digest
 from simclr_ray.publish.parts import read_part, vectors_of
 
 Vectors = npt.NDArray[np.float32]

@@ -26,8 +26,8 @@ def test_set(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 @pytest.fixture(scope="module")
-def teacher(local_ray: None, data_set: Manifest, test_set: Manifest, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A run with numbers taken beside it, and a classifier."""
+def run(local_ray: None, data_set: Manifest, test_set: Manifest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A run with numbers taken beside it."""
     folder = tmp_path_factory.mktemp("runs") / "teacher"
     config = small_run(
         folder, data_set, train__steps=20, train__checkpoint_every=5, train__keep_checkpoints=9, evaluate__every=5,

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,10 +22,10 @@ from simclr_ray.data.decode import Limits, decode
 from simclr_ray.data.manifest import Manifest, read_manifest
 from simclr_ray.data.shards import ImageRow
 from simclr_ray.errors import ConfigError, DataError, NumericsError
-from simclr_ray.publish.embed import MANIFEST_NAME, read_embedding
+from simclr_ray.publish.embed_folder import MANIFEST_NAME, read_embedding
 from simclr_ray.publish.parts import part_of, vectors_of
 from tests.conftest import FASHION, make_data_set, real_rows
-from tests.integration.test_pretrain import when
+from tests.integration.test_pretrain import kill_worker, when
 from tests.unit.evaluate.test_evaluate import make_run, settings
 
 pytestmark = pytest.mark.integration
@@ -191,3 +192,17 @@ def test_a_killed_work_is_continued_without_duplicates_or_holes(run: str, tmp_pa
     table, expected = table_of(out), table_of(twin)
     assert table["sample_id"].to_pylist() == list(range(read_manifest(data).rows))
     assert table.equals(expected)
+
+
+@pytest.mark.slow
+def test_a_lost_actors_parts_are_made_by_another(local_ray: None, run: str, tmp_path: Path) -> None:
+    """SIGKILL to the process of the only actor, after its first file."""
+    out = tmp_path / "out"
+    killer = threading.Thread(
+        target=when(lambda: len(list(out.glob("embeddings-*"))) >= 1, lambda: kill_worker("MapWorker"))
+    )
+    killer.start()
+    report = embed(run, str(FASHION / "test"), str(out), rows_per_file=256, actors=(1, 1))
+    killer.join()
+    assert report.rows == read_manifest(str(FASHION / "test")).rows
+    assert table_of(out)["sample_id"].to_pylist() == list(range(report.rows))

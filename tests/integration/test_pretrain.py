@@ -248,11 +248,16 @@ def when(condition: Callable[[], bool], act: Callable[[], None], timeout_s: floa
 
 def kill_train_worker() -> None:
     """SIGKILL to a Ray Train worker of this test's own Ray, by its process id."""
+    kill_worker("RayTrainWorker")
+
+
+def kill_worker(name: str) -> None:
+    """The same for an actor of any name."""
     ours = ray._private.worker.global_worker.node.get_session_dir_path()
     for process in psutil.process_iter(["cmdline"]):
         ancestors = [part for parent in process.parents() for part in parent.cmdline()]
-        is_worker = "RayTrainWorker" in " ".join(process.info["cmdline"] or [])
+        is_worker = name in " ".join(process.info["cmdline"] or [])
         if is_worker and any(ours in part for part in ancestors):
             process.kill()
             return
-    raise AssertionError("no train worker found")
+    raise AssertionError(f"no {name} found")

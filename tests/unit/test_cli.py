@@ -300,3 +300,27 @@ def test_help_names_every_verb(run: Run) -> None:
     assert outcome.code == 0
     for verb in ("pretrain", "evaluate", "pack", "index", "fetch-data", "config"):
         assert verb in outcome.out
+
+
+def test_verbs_after_training_refuse_what_cannot_work(run: Run, packed: Manifest, tmp_path: Path) -> None:
+    absent = tmp_path / "absent"
+    refused(run("embed", absent, packed.folder, tmp_path / "out"), CONFIG, "no run here")
+    refused(run("embed", absent, packed.folder, tmp_path / "out", "--actors", "4:2"), CONFIG, "4:2")
+    refused(run("embed", absent, packed.folder, tmp_path / "out", "--actors", "many"), CONFIG, "--actors", "many")
+    refused(run("embed", absent, absent, tmp_path / "out"), DATA, "no data set here")
+    refused(run("export", absent, tmp_path / "out"), CONFIG, "no run here")
+    refused(run("import", absent, tmp_path / "run", "--layout", "pytorch"), STORAGE, "no file here")
+    refused(run("distill", absent, tmp_path / "student.yaml"), CONFIG, "not found")
+    assert run("neighbours", absent).code == CONFIG
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_encoder_is_exported_by_the_command(run: Run, packed: Manifest, tmp_path: Path) -> None:
+    from tests.unit.evaluate.test_evaluate import make_run, settings
+
+    made = make_run(settings(tmp_path / "run", (packed, packed)), packed)
+    outcome = run("export", made, tmp_path / "out", "--licence", "MIT", "--projector")
+    assert outcome.code == 0, outcome.err
+    assert "encoder.safetensors, projector.safetensors, config.json, README.md, SHA256SUMS" in outcome.out
+    refused(run("export", made, tmp_path / "out"), CONFIG, "already")
+    refused(run("export", made, tmp_path / "other", "--format", "timm"), CONFIG, "no encoder like `small`")

@@ -202,6 +202,8 @@ def test_forty_images_are_learned(sets: tuple[Manifest, Manifest], run: str, kin
     pixels = 3 * policy.size**2
     layers = [torch.nn.Linear(pixels, pixels), torch.nn.ReLU()] if kind == "finetune" else []
     encoder = torch.nn.Sequential(torch.nn.Flatten(), *layers).eval()
-    made = train_classifier(encoder, pixels, images, policy, Limits(), Recipe(kind, 40, 150, 0), num_classes=10)
+    made = train_classifier(
+        encoder, pixels, images, policy, Limits(), Recipe(kind, 40, 150 if kind == "sgd" else 400, 0), num_classes=10
+    )
     views = read_labelled(sets[0], policy, Limits(), num_pairs=0, seed=0).views[:40]
     assert accuracy(made, views, images.labels, policy) > 0.5

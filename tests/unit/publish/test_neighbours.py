@@ -16,6 +16,7 @@ from simclr_ray.data.manifest import Manifest
 from simclr_ray.errors import ConfigError, DataError, StorageError
 from simclr_ray.evaluate.knn import nearest
 from simclr_ray.publish import embed as verb
+from simclr_ray.publish import embed_folder as folder
 from simclr_ray.publish.embed_part import PartMaker
 from simclr_ray.publish.parts import cut, look_at_part, read_part, vectors_of
 from tests.conftest import make_data_set, real_rows
@@ -35,17 +36,17 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def finished(out: Path, run: str, manifest: Manifest) -> Path:
-    trained, options = load_encoder(run), verb.EmbedOptions(dtype="float32", rows_per_file=256)
-    identity = verb._identity(trained, manifest, Limits(), options, 256)
+    trained, options = load_encoder(run), folder.EmbedOptions(dtype="float32", rows_per_file=256)
+    identity = folder.identity_of(trained, manifest, Limits(), options, 256)
     order = verb._order(str(out), trained, manifest, Limits(), options, identity)
     assert columns_of(manifest, "label") == order.columns
-    assert verb._claim(str(out), identity) is None
+    assert folder.claim_folder(str(out), identity) is None
     maker = PartMaker(order, trained.model.encoder, torch.device("cpu"))
     parts = cut(ROWS, 256)
     for part in parts:
         maker.make(part)
     found = {part: look_at_part(str(out / part.name)) for part in parts}
-    verb._finish(order, identity, parts, found, run=run, step=trained.step)  # type: ignore[arg-type]
+    folder.finish_folder(order, identity, parts, found, run=run, step=trained.step)  # type: ignore[arg-type]
     return out
 
 
