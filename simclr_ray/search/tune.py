@@ -29,28 +29,27 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from simclr_ray import storage
 from simclr_ray.config import Config
-from simclr_ray.configure import ConfigSource, flat, load_config, use_storage
+from simclr_ray.configure import ConfigSource, load_config, use_storage
 from simclr_ray.data.manifest import Manifest, read_manifest
 from simclr_ray.errors import ClusterError, ConfigError, root_cause
 from simclr_ray.observe.console import Console
 from simclr_ray.search import finalists as final
 from simclr_ray.search import results
+from simclr_ray.search.folder import FORMAT, Identity, SearchFolder, look
 from simclr_ray.search.page import Page, write_page
 from simclr_ray.search.preflight import require_dashboard, require_state_api
 from simclr_ray.search.probe import ProbeSet, read_probe
 from simclr_ray.search.progress import Progress, Told, listening
 from simclr_ray.search.propose import MODE, OBJECTIVE, domains, scheduler, searcher, side_by_side
 from simclr_ray.search.record import TrialRecord, read_records
-from simclr_ray.search.space import FREE_FIELDS, LABELLED, SearchSpec, check_space, labelled_named, load_space
+from simclr_ray.search.space import LABELLED, SearchSpec, check_space, labelled_named, load_space
 from simclr_ray.search.trial import MEMORY_BYTES, Rungs, Trial, TrialPlan
 from simclr_ray.train.cluster import connected, prints_logged, refuse_other_versions
 from simclr_ray.train.derive import derive, limits_of, policy_of
 from simclr_ray.train.keeper import graceful_stop
-from simclr_ray.train.lock import LOCK_NAME, hold
-from simclr_ray.train.run import compare, identity
+from simclr_ray.train.lock import hold
 
-FORMAT = 1
-SEARCH, FINALISTS = "search.json", "finalists.json"
+FINALISTS = "finalists.json"
 TRIES = 1
 """Times that a trial whose process or workers were lost is begun again, beyond what its training does by itself."""
 
@@ -71,25 +70,16 @@ class SearchResult:
 class _Search:
     """What one start of a search was found to be."""
 
-    folder: str
+    at: SearchFolder
     config: Config
     spec: SearchSpec
     manifest: Manifest
     total_steps: int
     console: Console
 
-    def path(self, *parts: str) -> str:
-        return storage.join(self.folder, *parts)
-
-    def info(self) -> dict[str, Any] | None:
-        try:
-            return dict(json.loads(storage.read_bytes(self.path(SEARCH))))
-        except FileNotFoundError:
-            return None
-
-    def update(self, **changes: Any) -> None:
-        info = (self.info() or {}) | changes
-        storage.write_bytes(self.path(SEARCH), json.dumps(info, indent=1).encode())
+    @property
+    def folder(self) -> str:
+        return self.at.uri
 
     @property
     def keys(self) -> list[str]:
@@ -121,68 +111,20 @@ def tune(
         raise ConfigError("data.train must be set", fix="add --set data.train=FOLDER")
     manifest = read_manifest(storage.normalise(str(settings.data.train)))
     check_space(spec, settings, manifest)
-    search = _Search(
-        storage.normalise(folder), settings, spec, manifest, derive(settings, manifest).total_steps, Console()
-    )
-    _look(search)
+    at = SearchFolder(storage.normalise(folder))
+    search = _Search(at, settings, spec, manifest, derive(settings, manifest).total_steps, Console())
+    mine = Identity.of(settings, manifest, spec)
+    look(at, mine)
     require_dashboard(settings.cluster)
     with hold(search.folder, search.console.say):
-        return _tune(search)
+        return _tune(search, mine)
 
 
-def _look(search: _Search) -> None:
-    """Refuse a folder that holds something else, or another search.
-
-    Raises:
-        ConfigError: with every field that differs.
-    """
-    info = search.info()
-    if info is None:
-        names = [name for name in storage.list_names(search.folder) if name != LOCK_NAME]
-        if names:
-            raise ConfigError(
-                "the folder is not empty and holds no search", where=search.folder, got=", ".join(names[:3]),
-                fix="choose an empty folder with --folder",
-            )  # fmt: skip
-        return
-    if info.get("format", 0) > FORMAT:
-        raise ConfigError(
-            "this search was made by a newer version", where=search.folder, got=f"format {info['format']}"
-        )
-    lines = compare(info["config"], _identity(search)) + [
-        f"space file: {line}" for line in compare(info["space"], _space_identity(search.spec))
-    ]
-    if lines:
-        raise ConfigError(
-            "this folder holds a search with other settings:\n" + "\n".join(f"  {line}" for line in lines),
-            where=search.folder, fix="choose another --folder, or set these back to continue the search",
-        )  # fmt: skip
-
-
-def _identity(search: _Search) -> dict[str, Any]:
-    evaluate = flat({"evaluate": search.config.evaluate.model_dump(mode="json")})
-    for key in ("evaluate.train", "evaluate.test"):
-        evaluate[key] = evaluate[key] and storage.normalise(evaluate[key])
-    return identity(search.config, search.manifest.fingerprint) | evaluate
-
-
-def _space_identity(spec: SearchSpec) -> dict[str, Any]:
-    values = spec.model_dump(mode="json")
-    space = {
-        f"space.{key}": json.dumps({k: v for k, v in one.items() if v is not None})
-        for key, one in values.pop("space").items()
-    }
-    fields = {key: value for key, value in flat(values).items() if key not in FREE_FIELDS}
-    return space | fields | {"objective.data": spec.objective.data and storage.normalise(spec.objective.data)}
-
-
-def _tune(search: _Search) -> SearchResult:
+def _tune(search: _Search, mine: Identity) -> SearchResult:
     """With the folder held."""
-    console, info = search.console, search.info()
+    console, info = search.console, search.at.info()
     if info is None:
-        search.update(
-            format=FORMAT, status="new", config=_identity(search), space=_space_identity(search.spec),
-        )  # fmt: skip
+        search.at.update(format=FORMAT, status="new", config=mine.config, space=mine.space)
     elif info["status"] == "finished":
         console.say(f"{search.folder}: finished already; nothing to do")
         return _result(search, info["measure"], say=True)
@@ -207,9 +149,9 @@ def _run(search: _Search) -> SearchResult:
     count, why = side_by_side(spec, cluster, ray.cluster_resources(), may_grow=bool(address))
     console.say(f"side by side: {count} ({why})")
     probe, measure = _probe(search)
-    search.update(status="running", measure=measure)
+    search.at.update(status="running", measure=measure)
     trials = TrialPlan(
-        search.path("trials"),
+        search.at.path("trials"),
         search.config.model_copy(update={"cluster": cluster.model_copy(update={"address": address})}),
         spec.objective, measure, spec.stall_s, probe,
     )  # fmt: skip
@@ -218,10 +160,10 @@ def _run(search: _Search) -> SearchResult:
         search, "search", trials, domains(spec), spec.num_trials, count,
         search_alg=searcher(spec, count), scheduler=scheduler(spec, scores), num_samples=spec.trials or 1,
     )  # fmt: skip
-    records = read_records(search.path("trials"))
+    records = read_records(search.at.path("trials"))
     chosen = final.choose(records, measure, spec.finalists)
     if not final.choose(records, measure, 1):
-        search.update(status="failed")
+        search.at.update(status="failed")
         for line in results.failures(records):
             console.say(line)
         raise ClusterError(
@@ -238,13 +180,19 @@ def _run(search: _Search) -> SearchResult:
 def _finals(search: _Search, trials: TrialPlan, chosen: Sequence[TrialRecord], count: int) -> None:
     """Train the finalists; who they are is decided once."""
     try:
-        listed = json.loads(storage.read_bytes(search.path(FINALISTS)))
+        listed = json.loads(storage.read_bytes(search.at.path(FINALISTS)))
     except FileNotFoundError:
         listed = [[one.name, dict(one.settings)] for one in chosen]
-        storage.write_bytes(search.path(FINALISTS), json.dumps(listed, indent=1).encode())
+        storage.write_bytes(search.at.path(FINALISTS), json.dumps(listed, indent=1).encode())
     cases = final.cases([(name, values) for name, values in listed], search.spec, search.config.run.seed)
     plan = TrialPlan(
-        search.path("finalists"), trials.config, trials.objective, trials.measure, trials.stall_s, trials.probe, cases
+        search.at.path("finalists"),
+        trials.config,
+        trials.objective,
+        trials.measure,
+        trials.stall_s,
+        trials.probe,
+        cases,
     )
     search.console.say(f"finalists: {len(listed)} and the configuration as given, {search.spec.seeds} seeds each")
     space = {"case": ray_tune.grid_search(list(range(len(cases))))}
@@ -297,7 +245,7 @@ def _fit(
     """
     by_itself = isinstance(how["search_alg"], Searcher)
     trainable = ray_tune.with_resources(ray_tune.with_parameters(Trial, plan=plan), {"CPU": 0, "memory": MEMORY_BYTES})
-    path = search.path("tune", name)
+    path = search.at.path("tune", name)
     if ray_tune.Tuner.can_restore(path):
         tuner = ray_tune.Tuner.restore(path, trainable, resume_unfinished=True, resume_errored=True)
     else:
@@ -313,7 +261,7 @@ def _fit(
             ),
             run_config=ray_tune.RunConfig(
                 name=name,
-                storage_path=search.path("tune"),
+                storage_path=search.at.path("tune"),
                 verbose=0,
                 callbacks=[Told()],
                 failure_config=ray_tune.FailureConfig(max_failures=TRIES),
@@ -325,7 +273,7 @@ def _fit(
     with listening(progress), graceful_stop(stopped):
         tuner.fit()
     if stopped.asked:
-        search.update(status="interrupted")
+        search.at.update(status="interrupted")
         search.console.say("interrupted; run the same command again to continue the search")
         raise KeyboardInterrupt
     progress.settle()
@@ -376,7 +324,7 @@ def _finish(search: _Search, measure: str) -> SearchResult:
         search.folder,
         Page(search.config, search.spec, result.trials, result.finalists, result.best, measure, search.manifest),
     )
-    search.update(status="finished")
+    search.at.update(status="finished")
     search.console.say(f"best configuration: {best} (simclr-ray pretrain takes it as it is)")
     search.console.say(f"page: {page}")
     return result
@@ -385,17 +333,17 @@ def _finish(search: _Search, measure: str) -> SearchResult:
 def _result(search: _Search, measure: str, *, say: bool) -> SearchResult:
     """What the records say, and on the console in tables."""
     console, keys = search.console, search.keys
-    records = read_records(search.path("trials"))
-    again = read_records(search.path("finalists"))
+    records = read_records(search.at.path("trials"))
+    again = read_records(search.at.path("finalists"))
     found: list[final.Finalist] = []
     if again:
-        listed = json.loads(storage.read_bytes(search.path(FINALISTS)))
+        listed = json.loads(storage.read_bytes(search.at.path(FINALISTS)))
         found = final.summarise([(name, values) for name, values in listed], again, measure)
     best = found[0].settings if found and found[0].values else final.choose(records, measure, 1)[0].settings
     if say:
         console.table(*results.trial_rows(records, keys, measure))
         if len(records) > results.SHOWN:
-            console.say(f"... and {len(records) - results.SHOWN} more, all in {search.path('trials.parquet')}")
+            console.say(f"... and {len(records) - results.SHOWN} more, all in {search.at.path('trials.parquet')}")
         for line in (*results.failures(records), *results.failures(again), *results.label_free_lines(records)):
             console.say(line)
         if found:
