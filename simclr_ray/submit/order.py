@@ -26,7 +26,7 @@ CONFIG_NAME = "config.yaml"
 STOP_WAIT_S = 600
 """Longest wait for a last checkpoint when a job is stopped; Ray's own default, 3 s, would kill it while it saves."""
 
-VERBS: Final[Mapping[str, int]] = {"pretrain": 0, "check": 0, "evaluate": 1, "pack": 2, "index": 2}
+VERBS: Final[Mapping[str, int]] = {"pretrain": 0, "check": 0, "evaluate": 1, "embed": 3, "pack": 2, "index": 2}
 """Verbs that can be submitted, and how many folders each takes; 0: a configuration."""
 PLACES: Final = ("run.folder", "data.train", "evaluate.train", "evaluate.test")
 """Settings that name a place which the cluster must reach."""

@@ -90,7 +90,7 @@ def test_simclrs_constants(name: str) -> None:
     assert warmup_images == pytest.approx(10 * IMAGENET, rel=0.01)  # ten epochs of ImageNet
 
 
-@pytest.mark.parametrize("name", ["pretrain.py", "evaluate.py"])
+@pytest.mark.parametrize("name", ["pretrain.py", "evaluate.py", "embed.py"])
 def test_an_entrypoint_calls_the_verb_of_its_name(name: str) -> None:
     tree = ast.parse((JOBS / name).read_text())
     words = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
