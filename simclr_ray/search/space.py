@@ -125,8 +125,9 @@ class ObjectiveSpec(Section):
     """Further labelled images, which vote (kNN) and train the probe."""
     views: Annotated[int, Ge(2), Le(64)] = 4
     """Views of each image; LiDAR takes all, alignment the first two."""
-    cpus: Annotated[float, Gt(0)] = 1.0
-    """CPUs that one measurement asks Ray for."""
+    cpus: Annotated[float, Ge(0)] = 0.0
+    """CPUs that one measurement asks Ray for. With 0 it runs at once, beside what runs there: where streams keep the
+    last CPU busy it would else wait until trials are trained to their end, and none could be ended early."""
     gpus: Annotated[float, Ge(0), Le(1)] = 0.0
     """Part of a GPU that it asks for."""
 
