@@ -63,7 +63,7 @@ def test_a_run_leaves_its_folder(undisturbed: Path) -> None:
     kept = committed_steps(str(undisturbed / "checkpoints"))
     assert kept[-1] == STEPS
     assert len(kept) == 3
-    assert not any(step % 4 for step in kept)  # on a busy machine a save may be passed over, so not always the last three
+    assert not any(step % 4 for step in kept)  # a busy machine may pass one over
     info = json.loads((undisturbed / "run.json").read_text())
     assert (info["status"], info["attempts"]) == ("finished", 1)
     assert info["views"] == {"maker": maker(), "where": "cpu"}
