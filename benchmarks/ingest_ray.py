@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import ray
 import ray.train
 import ray.train.torch
-from ingest_meter import ENDED, Usage, between, environment, mark, memory
+from ingest_meter import ENDED, Usage, between, mark, memory
 from ray._private import internal_api
 from ray._private.state import state
 
@@ -30,7 +30,7 @@ from simclr_ray.data.decode import Limits
 from simclr_ray.data.plan import Segment
 from simclr_ray.data.stream import Columns, PlanAddress, configure_ray_data, execution_options, unit_stream
 from simclr_ray.train.batches import Shares, step_batches
-from simclr_ray.train.cluster import asking_nobody
+from simclr_ray.train.cluster import asking_nobody, variables
 from simclr_ray.views.policy import Policy
 from simclr_ray.views.stage import ViewStage
 
@@ -128,7 +128,7 @@ class Sample(NamedTuple):
 @contextmanager
 def local_ray(object_store_bytes: int | None) -> Iterator[None]:
     """A fresh cluster on this machine, stopped at the end."""
-    with environment(
+    with variables(
         RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", RAY_CHDIR_TO_TRIAL_DIR="0",
         RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="120", PYTHONPATH=_path_for_workers(),
     ), asking_nobody():  # fmt: skip

@@ -30,8 +30,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -46,7 +45,7 @@ from simclr_ray import storage
 from simclr_ray.data.manifest import Manifest
 from simclr_ray.observe.metrics import read_jsonl
 from tests.conftest import make_data_set, real_rows
-from tests.faults.commands import recipe
+from tests.faults.commands import program, recipe
 from tests.servers.proxy import Proxy
 from tests.servers.seaweed import Seaweed
 
@@ -133,7 +132,7 @@ class Soak:
         mark, memory = str(uuid.uuid4()), faults.shared_memory_bytes()
         self.proxy.clear()
         with command(file, mark) as process:
-            target = Target(process, mark, this.workers[-1], self.server, self.proxy, self.random)
+            target = Target(process, mark, self.server, self.proxy, self.random)
             lines: list[str] = []
             reader = threading.Thread(target=lambda: lines.extend(process.stdout or ()), daemon=True)
             reader.start()
@@ -247,21 +246,10 @@ def sizes(mark: str) -> dict[str, float]:
     return total
 
 
-@contextmanager
-def command(file: Path, mark: str) -> Iterator[subprocess.Popen[str]]:
+def command(file: Path, mark: str) -> AbstractContextManager[subprocess.Popen[str]]:
     """`simclr-ray pretrain` under way, marked, in a local Ray of its own."""
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    environment |= {MARK: mark, "RAY_gcs_rpc_server_reconnect_timeout_s": "10"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "simclr_ray.cli", "pretrain", str(file)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+    variables = {MARK: mark, "RAY_gcs_rpc_server_reconnect_timeout_s": "10"}
+    return program("-m", "simclr_ray.cli", "pretrain", file, variables=variables)
 
 
 def waited(process: subprocess.Popen[str], seconds: float) -> bool:

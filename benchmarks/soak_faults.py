@@ -10,7 +10,6 @@ import contextlib
 import random
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,16 +31,12 @@ class Target:
 
     process: subprocess.Popen[str]
     mark: str
-    workers: int
     server: Seaweed
     proxy: Proxy
     random: random.Random
-    busy: threading.Lock = field(default_factory=threading.Lock)
-    """Held while the server is down: it is started once."""
     notes: list[str] = field(default_factory=list)
     """What was done to it."""
     control_plane_killed: bool = False
-    stopped: list[psutil.Process] = field(default_factory=list)
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -141,26 +136,23 @@ def hang_a_worker(target: Target) -> None:
     assert one is not None
     with contextlib.suppress(psutil.Error):
         one.suspend()
-        target.stopped.append(one)
         target.note("a train worker stopped for good")
 
 
 def kill_the_store(target: Target) -> None:
-    seconds = target.random.uniform(0.5, 8.0)
-    with target.busy:
-        target.server.kill()
-        time.sleep(seconds)
-        target.server.start()
-    target.note(f"store killed for {seconds:.1f} s")
+    _store_away(target, target.server.kill, target.server.start, "killed")
 
 
 def pause_the_store(target: Target) -> None:
+    _store_away(target, target.server.pause, target.server.resume, "silent")
+
+
+def _store_away(target: Target, go: Callable[[], object], come: Callable[[], object], how: str) -> None:
     seconds = target.random.uniform(0.5, 8.0)
-    with target.busy:
-        target.server.pause()
-        time.sleep(seconds)
-        target.server.resume()
-    target.note(f"store silent for {seconds:.1f} s")
+    go()
+    time.sleep(seconds)
+    come()
+    target.note(f"store {how} for {seconds:.1f} s")
 
 
 def _proxied(name: str, make: Callable[[random.Random], Fault]) -> Callable[[Target], None]:

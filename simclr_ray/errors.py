@@ -88,6 +88,12 @@ def root_cause(error: BaseException | None) -> SimclrError | None:
     return None
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says first; its kind, where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def _text(value: object) -> object:
     """Keep what pickles anywhere; turn the rest into its text."""
     return value if value is None or isinstance(value, (str, int, float)) else str(value)

@@ -22,7 +22,7 @@ from simclr_ray.data.manifest import Manifest
 from simclr_ray.data.plan import Piece
 from simclr_ray.data.ranges import LostShard
 from simclr_ray.data.read import read_range, resolve
-from simclr_ray.errors import DataError, StorageError
+from simclr_ray.errors import DataError, StorageError, first_line
 
 EXPLAINED_OF_EACH_REASON = 50
 """Images that are read again for their details; a data set with more of one kind is broken in a way that these show."""
@@ -97,7 +97,7 @@ def explained(manifest: Manifest, entry: Entry, limits: Limits) -> Entry:
         table = read_range(piece, [manifest.image_column], manifest.image_column)
         verdict = decode(table[manifest.image_column][0].as_py(), limits)
     except (LostShard, DataError, StorageError) as error:
-        return replace(entry, uri=storage.tellable(uri), detail=ascii(str(error).splitlines()[0])[1:-1])
+        return replace(entry, uri=storage.tellable(uri), detail=ascii(first_line(error))[1:-1])
     return replace(entry, uri=storage.tellable(uri), detail=verdict.detail if isinstance(verdict, Rejected) else "")
 
 

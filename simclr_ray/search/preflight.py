@@ -9,7 +9,7 @@ import ray
 import ray.exceptions
 
 from simclr_ray.config import ClusterConfig
-from simclr_ray.errors import ClusterError, ConfigError
+from simclr_ray.errors import ClusterError, ConfigError, first_line
 
 TIMEOUT_S = 60.0
 DASHBOARD = (
@@ -45,7 +45,7 @@ def require_state_api() -> None:
     try:
         problem = ray.get(ask.remote(), timeout=TIMEOUT_S)
     except ray.exceptions.RayError as error:
-        problem = str(error).strip().splitlines()[0]
+        problem = first_line(error)
     if problem is not None:
         raise ClusterError(
             f"Ray's State API does not answer on this cluster: {problem}; {DASHBOARD}",

@@ -13,11 +13,11 @@ Running it again with the same folder continues it; a search that is done is not
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ from simclr_ray.search.propose import MODE, OBJECTIVE, domains, scheduler, searc
 from simclr_ray.search.record import TrialRecord, read_records
 from simclr_ray.search.space import LABELLED, SearchSpec, check_space, labelled_named, load_space
 from simclr_ray.search.trial import MEMORY_BYTES, Rungs, Trial, TrialPlan
-from simclr_ray.train.cluster import connected, prints_logged, refuse_other_versions
+from simclr_ray.train.cluster import connected, prints_logged, refuse_other_versions, variables
 from simclr_ray.train.derive import derive, limits_of, policy_of
 from simclr_ray.train.keeper import graceful_stop
 from simclr_ray.train.lock import hold
@@ -296,24 +296,13 @@ def _dirname(trial: Any) -> str:
     return str(trial.trial_id)
 
 
-@contextlib.contextmanager
-def _tune_environment() -> Iterator[None]:
-    """Settings of Ray Tune that only its environment has; taken back at the end."""
-    wanted = {
-        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the truth is in trial.json
-        "TUNE_DISABLE_SIGINT_HANDLER": "1",  # see `_Stopped`
-        "TUNE_GLOBAL_CHECKPOINT_S": "1",  # a trial that Tune forgot by a kill would be trained for nothing
-    }
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+def _tune_environment() -> AbstractContextManager[None]:
+    """Settings of Ray Tune that only its environment has."""
+    return variables(
+        TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",  # the truth is in trial.json
+        TUNE_DISABLE_SIGINT_HANDLER="1",  # see `_Stopped`
+        TUNE_GLOBAL_CHECKPOINT_S="1",  # a trial that Tune forgot by a kill would be trained for nothing
+    )
 
 
 def _finish(search: _Search, measure: str) -> SearchResult:

@@ -14,7 +14,9 @@ import math
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Final, Literal, TypeVar
 
 import ray
@@ -24,9 +26,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from simclr_ray import storage
 from simclr_ray.config import ClusterConfig
-from simclr_ray.errors import ClusterError, root_cause
+from simclr_ray.errors import ClusterError, first_line, root_cause
 from simclr_ray.train.address import HOOK
-from simclr_ray.train.planes import Planes, refuse_empty_planes, whole
+from simclr_ray.train.planes import Planes, planes_of, refuse_empty_planes, whole
 from simclr_ray.version import __version__
 from simclr_ray.views.make import Maker
 from simclr_ray.views.stage import Where
@@ -128,7 +130,7 @@ def _losses_said() -> Iterator[None]:
         if cause is not None:
             raise cause from error
         raise ClusterError(
-            f"a part of the Ray cluster was lost: {str(error).splitlines()[0]}",
+            f"a part of the Ray cluster was lost: {first_line(error)}",
             fix="run the same command again; it continues",
         ) from error
 
@@ -141,17 +143,23 @@ def told_whom_to_ask(address: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def asking_nobody() -> Iterator[None]:
-    """Around the start of a local cluster without a State API, whose processes inherit the environment."""
-    before = os.environ.get(_STATE_API)
-    os.environ[_STATE_API] = _NOBODY
+def variables(**wanted: str) -> Iterator[None]:
+    """Variables of the environment for what is started inside; taken back at the end."""
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[_STATE_API]
-        else:
-            os.environ[_STATE_API] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def asking_nobody() -> AbstractContextManager[None]:
+    """Around the start of a local cluster without a State API, whose processes inherit the environment."""
+    return variables(**{_STATE_API: _NOBODY})
 
 
 def _say_what_stays_behind() -> None:
@@ -331,6 +339,28 @@ def resolve_workers(config: ClusterConfig, cluster: Planes | dict[str, float]) -
             fix="use fewer workers, or cluster.use_gpu=false",
         )  # fmt: skip
     return workers, use_gpu
+
+
+def wait_for_room(config: ClusterConfig, workers: int) -> None:
+    """See that an elastic group, which is placed already, has left the stream a CPU: it would wait for one for ever.
+
+    After a lost node Ray Train takes all that is left, up to `cluster.workers`; an autoscaler may still add some.
+
+    Raises:
+        ClusterError: there is none after `cluster.start_timeout_s`; the group is restarted as after any failure.
+    """
+    if config.min_workers is None:
+        return
+    end = time.monotonic() + config.start_timeout_s
+    while True:
+        try:
+            _refuse_too_few_cpus(config, planes_of(config, ray.nodes()), workers)
+        except ClusterError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(1.0)
+        else:
+            return
 
 
 def _refuse_too_few_cpus(config: ClusterConfig, planes: Planes, workers: int) -> None:

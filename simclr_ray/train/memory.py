@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from simclr_ray.errors import ConfigError
+from simclr_ray.errors import ConfigError, first_line
 from simclr_ray.train.derive import Derived
 
 
@@ -31,7 +31,7 @@ def out_of_memory(error: torch.OutOfMemoryError, derived: Derived, *, at: str, w
     ways.append("model.encoder, model.width or views.size smaller (another run too)")
     return ConfigError(
         f"out of memory on {at}",
-        got=f"{_used()}{str(error).splitlines()[0]}",
+        got=f"{_used()}{first_line(error)}",
         expected=f"room for two views of {images} images at a time",
         fix="use " + "\n  or ".join(ways),
     )

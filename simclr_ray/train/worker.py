@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from simclr_ray.config import ClusterConfig, Config
+from simclr_ray.config import Config
 from simclr_ray.data.manifest import read_manifest
 from simclr_ray.data.plan import Segment
 from simclr_ray.errors import ClusterError, DataError, NumericsError, StorageError, root_cause
@@ -35,7 +34,7 @@ from simclr_ray.model.simclr import SimCLR
 from simclr_ray.train import checkpoint as ckpt
 from simclr_ray.train.ahead import OneAhead
 from simclr_ray.train.batches import Shares, StepBatch, step_batches
-from simclr_ray.train.cluster import usable_cores
+from simclr_ray.train.cluster import usable_cores, wait_for_room
 from simclr_ray.train.derive import Derived, policy_of
 from simclr_ray.train.device import ViewsOnDevice
 from simclr_ray.train.memory import out_of_memory
@@ -90,7 +89,7 @@ def _train(order: WorkerOrder, pulse: Pulse) -> None:
     )
     start = _restore(order, model, optimizer)
     if rank == 0:
-        _wait_for_room(config.cluster, world_size)
+        wait_for_room(config.cluster, world_size)
     attempt = _next_attempt(order.desk, rank)
     autocast, policy = autocast_of(config.train.precision, device), policy_of(config.views)
     step_log = StepLog(config, derived, order.run, order.desk, rank=rank, device=device, attempt=attempt, start=start)
@@ -273,28 +272,6 @@ def _restore(order: WorkerOrder, model: SimCLR, optimizer: torch.optim.Optimizer
     if rank == 0:
         _teller(order.desk)(f"continuing from the checkpoint of step {state.step}")
     return _position(state)
-
-
-def _wait_for_room(cluster: ClusterConfig, world_size: int) -> None:
-    """See that an elastic group has left the stream a CPU, which it would wait for without end.
-
-    After a lost node Ray Train takes all that is left, up to `cluster.workers`; an autoscaler may still add some.
-
-    Raises:
-        ClusterError: there is none after `cluster.start_timeout_s`; the group is restarted as after any failure.
-    """
-    if cluster.min_workers is None:
-        return
-    needed = world_size * cluster.cpus_per_worker + cluster.data_cpus
-    end = time.monotonic() + cluster.start_timeout_s
-    while (cpus := ray.cluster_resources().get("CPU", 0.0)) < needed:
-        if time.monotonic() > end:
-            raise ClusterError(
-                f"{world_size} workers of {cluster.cpus_per_worker:g} CPUs leave the stream too few",
-                got=f"a cluster of {cpus:g} CPUs", expected=f"at least {needed:g}",
-                fix="add CPUs, lower cluster.workers, or keep workers to some nodes by cluster.train_labels",
-            )  # fmt: skip
-        time.sleep(1.0)
 
 
 def _position(state: ckpt.Checkpoint) -> Position:

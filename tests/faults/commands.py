@@ -6,8 +6,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,12 @@ def recipe(folder: Path, manifest: Manifest, **changes: Any) -> Path:
 
 
 @contextmanager
-def started(file: Path, *options: str, fault: str | None = None) -> Iterator[subprocess.Popen[str]]:
-    """The command under way; killed at the end if it still runs, by its process id."""
+def program(*arguments: object, variables: Mapping[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
+    """A program of Python's under way, with these variables; killed at the end if it still runs, by its process id."""
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    if fault:
-        environment |= {"SIMCLR_RAY_FAULT": fault, "PYTHONPATH": str(INJECT)}
     process = subprocess.Popen(
-        [sys.executable, "-m", "simclr_ray.cli", "pretrain", str(file), *options],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        [sys.executable, *map(str, arguments)], env=environment | (variables or {}),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     try:
         yield process
@@ -47,6 +45,20 @@ def started(file: Path, *options: str, fault: str | None = None) -> Iterator[sub
         if process.poll() is None:
             process.kill()
             process.wait()
+
+
+def injected(variable: str, fault: str | None, *folders: Path) -> dict[str, str]:
+    """Variables with which the modules of these folders let a fault happen inside the program."""
+    if fault is None:
+        return {}
+    paths = [*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {variable: fault, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def started(file: Path, *options: str, fault: str | None = None) -> AbstractContextManager[subprocess.Popen[str]]:
+    """`simclr-ray pretrain` under way."""
+    variables = injected("SIMCLR_RAY_FAULT", fault, INJECT)
+    return program("-m", "simclr_ray.cli", "pretrain", file, *options, variables=variables)
 
 
 def run(file: Path, *options: str, fault: str | None = None, timeout_s: float = 240.0) -> tuple[int, str]:

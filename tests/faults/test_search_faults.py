@@ -6,9 +6,7 @@ import json
 import os
 import signal
 import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,8 @@ from simclr_ray.observe.metrics import read_jsonl
 from simclr_ray.search.record import TrialRecord, read_record, read_records
 from simclr_ray.train.checkpoint import committed_steps
 from tests.conftest import small_run
-from tests.faults.commands import wait_for
+from tests.faults import commands
+from tests.faults.commands import injected, program, wait_for
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1500)]
 
@@ -41,23 +40,9 @@ def grid(*temperatures: float) -> dict[str, Any]:
     return {"space": {"loss.temperature": {"grid": list(temperatures)}}, "searcher": "grid"}
 
 
-@contextmanager
-def started(*arguments: object, fault: str | None = None) -> Iterator[subprocess.Popen[str]]:
-    """A program of Python's under way; killed at the end if it still runs, by its process id."""
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    if fault:
-        paths = [str(INJECT), *filter(None, [environment.get("PYTHONPATH")])]
-        environment |= {"SIMCLR_RAY_SEARCH_FAULT": fault, "PYTHONPATH": os.pathsep.join(paths)}
-    process = subprocess.Popen(
-        [sys.executable, *map(str, arguments)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, start_new_session=True,
-    )  # fmt: skip
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+def started(*arguments: object, fault: str | None = None) -> AbstractContextManager[subprocess.Popen[str]]:
+    """A program of Python's under way."""
+    return program(*arguments, variables=injected("SIMCLR_RAY_SEARCH_FAULT", fault, INJECT, commands.INJECT))
 
 
 def tune_command(config: Path, space: Path, folder: Path) -> list[object]:

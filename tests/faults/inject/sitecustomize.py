@@ -10,8 +10,6 @@ Nothing of this is in the package; the module under test is imported as it is, a
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
 import os
 import signal
 import sys
@@ -62,25 +60,13 @@ def install(module: ModuleType, kind: str, rank: int, step: int, once: str) -> N
     module._loss, module.encoder_input = watched_loss, disturbed_images
 
 
-class Finder(importlib.abc.MetaPathFinder):
-    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        if name != MODULE:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.machinery.PathFinder.find_spec(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        execute = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            execute(module)
-            kind, *parts = os.environ["SIMCLR_RAY_FAULT"].split()
-            values = dict(part.split("=", 1) for part in parts)
-            install(module, kind, int(values["rank"]), int(values["step"]), values.get("once", ""))
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
+def change(module: ModuleType) -> None:
+    kind, *parts = os.environ["SIMCLR_RAY_FAULT"].split()
+    values = dict(part.split("=", 1) for part in parts)
+    install(module, kind, int(values["rank"]), int(values["step"]), values.get("once", ""))
 
 
 if os.environ.get("SIMCLR_RAY_FAULT"):
-    sys.meta_path.insert(0, Finder())
+    from after_import import AfterImport
+
+    sys.meta_path.insert(0, AfterImport(MODULE, change))

@@ -8,8 +8,6 @@ functions wrapped.
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
 import os
 import sys
 import time
@@ -43,24 +41,12 @@ def install(module: ModuleType, faults: dict[float, str]) -> None:
     module._loss, module.encoder_input = watched_loss, disturbed_images
 
 
-class Finder(importlib.abc.MetaPathFinder):
-    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        if name != MODULE:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.machinery.PathFinder.find_spec(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        execute = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            execute(module)
-            parts = (part.split("=") for part in os.environ["SIMCLR_RAY_SEARCH_FAULT"].split())
-            install(module, {float(temperature): kind for temperature, kind in parts})
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
+def change(module: ModuleType) -> None:
+    parts = (part.split("=") for part in os.environ["SIMCLR_RAY_SEARCH_FAULT"].split())
+    install(module, {float(temperature): kind for temperature, kind in parts})
 
 
 if os.environ.get("SIMCLR_RAY_SEARCH_FAULT"):
-    sys.meta_path.insert(0, Finder())
+    from after_import import AfterImport
+
+    sys.meta_path.insert(0, AfterImport(MODULE, change))
