@@ -14,7 +14,6 @@ import math
 import os
 import socket
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Final, Literal, TypeVar
@@ -28,7 +27,7 @@ from simclr_ray import storage
 from simclr_ray.config import ClusterConfig
 from simclr_ray.errors import ClusterError, first_line, root_cause
 from simclr_ray.train.address import HOOK
-from simclr_ray.train.planes import Planes, planes_of, refuse_empty_planes, whole
+from simclr_ray.train.planes import Planes, refuse_empty_planes, refuse_too_few_cpus, whole
 from simclr_ray.version import __version__
 from simclr_ray.views.make import Maker
 from simclr_ray.views.stage import Where
@@ -332,60 +331,13 @@ def resolve_workers(config: ClusterConfig, cluster: Planes | dict[str, float]) -
     if may_grow:
         return config.workers or 1, use_gpu  # an autoscaler may add nodes; `start_timeout_s` decides
     refuse_empty_planes(config, planes)
-    _refuse_too_few_cpus(config, planes, workers)
+    refuse_too_few_cpus(config, planes, workers)
     if use_gpu and gpus < workers:
         raise ClusterError(
             f"{workers} workers need a GPU each", where="cluster.workers", got=f"a cluster of {gpus} GPUs",
             fix="use fewer workers, or cluster.use_gpu=false",
         )  # fmt: skip
     return workers, use_gpu
-
-
-def wait_for_room(config: ClusterConfig, workers: int) -> None:
-    """See that an elastic group, which is placed already, has left the stream a CPU: it would wait for one for ever.
-
-    After a lost node Ray Train takes all that is left, up to `cluster.workers`; an autoscaler may still add some.
-
-    Raises:
-        ClusterError: there is none after `cluster.start_timeout_s`; the group is restarted as after any failure.
-    """
-    if config.min_workers is None:
-        return
-    end = time.monotonic() + config.start_timeout_s
-    while True:
-        try:
-            _refuse_too_few_cpus(config, planes_of(config, ray.nodes()), workers)
-        except ClusterError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(1.0)
-        else:
-            return
-
-
-def _refuse_too_few_cpus(config: ClusterConfig, planes: Planes, workers: int) -> None:
-    """Refuse workers that do not fit, or that would leave the stream too little.
-
-    Raises:
-        ClusterError: with how many would fit.
-    """
-    cpus, to_train = planes.either.get("CPU", 0.0), planes.train.get("CPU", 0.0)
-    wanted = workers * config.cpus_per_worker
-    if wanted <= to_train and planes.cpus_left(wanted) >= config.data_cpus:
-        return
-    fitting = int(min(to_train, cpus - config.data_cpus) // config.cpus_per_worker)
-    fix = f"use cluster.workers={fitting}, or add CPUs" if fitting > 0 else "add CPUs"
-    if to_train < cpus and to_train < wanted:
-        raise ClusterError(
-            f"{workers} workers of {config.cpus_per_worker:g} CPUs do not fit on the nodes of cluster.train_labels",
-            where="cluster.workers", got=f"{to_train:g} CPUs on them", expected=f"at least {wanted:g}", fix=fix,
-        )  # fmt: skip
-    raise ClusterError(
-        f"{workers} workers of {config.cpus_per_worker:g} CPUs would leave Ray Data less than {config.data_cpus}, "
-        "and the stream would never start",
-        where="cluster.workers", got=f"a cluster of {cpus:g} CPUs", expected=f"at least {wanted + config.data_cpus:g}",
-        fix=fix,
-    )  # fmt: skip
 
 
 def resolve_views(

@@ -84,3 +84,36 @@ def refuse_empty_planes(config: ClusterConfig, planes: Planes) -> None:
                 "no node of the cluster has these labels", where=key, got=str(dict(labels)),
                 fix="start nodes with `ray start --labels=KEY=VALUE`, or change the setting",
             )  # fmt: skip
+
+
+def workers_that_fit(config: ClusterConfig, planes: Planes) -> int:
+    """How many workers a cluster has CPUs for beside the stream."""
+    either, train, data = (plane.get("CPU", 0.0) for plane in (planes.either, planes.train, planes.data))
+    if data < config.data_cpus:
+        return 0
+    return int(min(train, either - config.data_cpus) // config.cpus_per_worker)
+
+
+def refuse_too_few_cpus(config: ClusterConfig, planes: Planes, workers: int) -> None:
+    """Refuse workers that do not fit, or that would leave the stream too little.
+
+    Raises:
+        ClusterError: with how many would fit.
+    """
+    cpus, to_train = planes.either.get("CPU", 0.0), planes.train.get("CPU", 0.0)
+    wanted = workers * config.cpus_per_worker
+    if wanted <= to_train and planes.cpus_left(wanted) >= config.data_cpus:
+        return
+    fitting = workers_that_fit(config, planes)
+    fix = f"use cluster.workers={fitting}, or add CPUs" if fitting > 0 else "add CPUs"
+    if to_train < cpus and to_train < wanted:
+        raise ClusterError(
+            f"{workers} workers of {config.cpus_per_worker:g} CPUs do not fit on the nodes of cluster.train_labels",
+            where="cluster.workers", got=f"{to_train:g} CPUs on them", expected=f"at least {wanted:g}", fix=fix,
+        )  # fmt: skip
+    raise ClusterError(
+        f"{workers} workers of {config.cpus_per_worker:g} CPUs would leave Ray Data less than {config.data_cpus}, "
+        "and the stream would never start",
+        where="cluster.workers", got=f"a cluster of {cpus:g} CPUs", expected=f"at least {wanted + config.data_cpus:g}",
+        fix=fix,
+    )  # fmt: skip

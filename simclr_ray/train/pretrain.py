@@ -45,6 +45,7 @@ from simclr_ray.train.derive import (
     shares,
 )
 from simclr_ray.train.desk import Desk
+from simclr_ray.train.elastic import PretrainTrainer
 from simclr_ray.train.keeper import Keeper, graceful_stop
 from simclr_ray.train.lock import RunLock, hold
 from simclr_ray.train.planes import planes_of
@@ -286,7 +287,7 @@ def _left_out(run: RunFolder) -> frozenset[int]:
     return frozenset((run.info() or {}).get("left_out", []))
 
 
-def _trainer(setup: _Setup, desk: Any) -> ray.train.torch.TorchTrainer:
+def _trainer(setup: _Setup, desk: Any) -> PretrainTrainer:
     config, derived, run, cluster = setup.config, setup.derived, setup.run, setup.config.cluster
     configure_ray_data()
     cursor = beside_the_driver(SegmentCursor).remote()
@@ -303,8 +304,10 @@ def _trainer(setup: _Setup, desk: Any) -> ray.train.torch.TorchTrainer:
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if setup.use_gpu else {})
     fewest = min(cluster.min_workers or setup.workers, setup.workers)
     order = WorkerOrder(config, derived, run, setup.manifest.fingerprint, setup.where, cursor, desk, _left_out(run))
-    return ray.train.torch.TorchTrainer(
+    return PretrainTrainer(
         train_worker,
+        cluster=cluster,
+        desk=desk,
         train_loop_config={"order": order},
         datasets={"train": stream},
         dataset_config=ray.train.DataConfig(

@@ -34,9 +34,10 @@ from simclr_ray.model.simclr import SimCLR
 from simclr_ray.train import checkpoint as ckpt
 from simclr_ray.train.ahead import OneAhead
 from simclr_ray.train.batches import Shares, StepBatch, step_batches
-from simclr_ray.train.cluster import usable_cores, wait_for_room
+from simclr_ray.train.cluster import usable_cores
 from simclr_ray.train.derive import Derived, policy_of
 from simclr_ray.train.device import ViewsOnDevice
+from simclr_ray.train.elastic import wait_for_room
 from simclr_ray.train.memory import out_of_memory
 from simclr_ray.train.pulse import EVERY_S, RANK_0_EVERY_S, Pulse
 from simclr_ray.train.run import RunFolder

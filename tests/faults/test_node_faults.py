@@ -28,7 +28,8 @@ def on_two_nodes(file: Path, event: str, after_step: int) -> tuple[dict[str, Any
     program = [sys.executable, "-m", "tests.faults.two_nodes", str(file), event, str(after_step)]
     done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(done.stdout.splitlines()[-1]), done.stdout
+    told = [line for line in done.stdout.splitlines() if line.startswith("{")]  # Ray may have printed more after it
+    return json.loads(told[-1]), done.stdout
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,7 @@ def node_of_a_rank(cluster: Cluster) -> Any:
 def main(config: str, event: str, after_step: int) -> None:
     """Train, disturb, tell."""
     folder = Path(yaml.safe_load(Path(config).read_text())["run"]["folder"])
-    # Two CPUs on the head: when a node is lost, its rank may come there, and the stream has one still.
+    # A CPU on each: when a node is lost, two are left, for one worker and the stream.
     cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": True, "dashboard_port": free_port()}
     )

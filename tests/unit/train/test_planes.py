@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from simclr_ray.config import ClusterConfig
 from simclr_ray.errors import ClusterError
 from simclr_ray.train.cluster import resolve_views, resolve_workers
-from simclr_ray.train.planes import Planes, matches, planes_of
+from simclr_ray.train.planes import Planes, matches, planes_of, refuse_too_few_cpus, workers_that_fit
 
 
 def node(role: str, *, alive: bool = True, **resources: float) -> dict[str, Any]:
@@ -80,3 +82,21 @@ def test_labels_that_no_node_has_are_refused_by_their_key(monkeypatch: pytest.Mo
     config = ClusterConfig(workers=1, data_labels={"simclr-role": "dta"})
     with pytest.raises(ClusterError, match=r"cluster.data_labels: no node of the cluster has these labels"):
         resolve_workers(config, planes_of(config, NODES))
+
+
+@given(
+    only_train=st.integers(0, 9), shared=st.integers(0, 9), only_data=st.integers(0, 9),
+    data_cpus=st.integers(1, 4), per_worker=st.sampled_from([0.5, 1.0, 2.0, 3.0]),
+)  # fmt: skip
+def test_just_the_workers_that_fit_are_not_refused(
+    only_train: int, shared: int, only_data: int, data_cpus: int, per_worker: float
+) -> None:
+    config = ClusterConfig(data_cpus=data_cpus, cpus_per_worker=per_worker)
+    planes = Planes(
+        {"CPU": only_train + shared}, {"CPU": shared + only_data}, {"CPU": only_train + shared + only_data}
+    )  # fmt: skip
+    fitting = workers_that_fit(config, planes)
+    if fitting:
+        refuse_too_few_cpus(config, planes, fitting)
+    with pytest.raises(ClusterError):
+        refuse_too_few_cpus(config, planes, fitting + 1)
