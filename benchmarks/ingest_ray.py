@@ -27,10 +27,11 @@ from ray._private.state import state
 
 from simclr_ray.data.cursor import SegmentCursor
 from simclr_ray.data.decode import Limits
-from simclr_ray.data.plan import Segment
+from simclr_ray.data.plan import Segment, units_per_block
 from simclr_ray.data.stream import Columns, PlanAddress, configure_ray_data, execution_options, unit_stream
 from simclr_ray.train.batches import Shares, step_batches
 from simclr_ray.train.cluster import asking_nobody, variables
+from simclr_ray.train.derive import MOST_BLOCK_BYTES
 from simclr_ray.views.policy import Policy
 from simclr_ray.views.stage import ViewStage
 
@@ -54,6 +55,12 @@ class Stream:
     @property
     def unit_bytes(self) -> int:
         return UNIT_ROWS * 2 * 3 * self.policy.size**2
+
+    @property
+    def units_per_block(self) -> int:
+        """As the driver of a training computes it."""
+        most = min(self.units_per_task, MOST_BLOCK_BYTES // self.unit_bytes)
+        return units_per_block(self.units_per_step, workers=1, most=most)
 
     @property
     def bytes_ahead(self) -> int:
@@ -170,7 +177,10 @@ def run_stream(
         flag, notes = Path(scratch, "measuring"), Path(scratch, "notes")
         notes.mkdir()
         stage = MeteredStage(ViewStage(stream.policy, stream.address.seed, Limits()), str(notes))
-        frame = unit_stream(stream.address, cursor, stage, unit_rows=UNIT_ROWS, units_per_task=stream.units_per_task)
+        frame = unit_stream(
+            stream.address, cursor, stage, unit_rows=UNIT_ROWS, units_per_task=stream.units_per_task,
+            units_per_block=stream.units_per_block,
+        )  # fmt: skip
         config = {
             "root": os.getpid(), "cursor": cursor, "stream": stream, "first": skip, "last": skip + steps,
             "slow_s": slow_s, "segments": segments, "flag": str(flag),
@@ -234,7 +244,7 @@ def _receive(config: dict[str, Any]) -> dict[str, Any]:
     total = last + 1 + _steps_to_fill(stream)
     shares = Shares(
         0, 1, stream.units_per_step, stream.units_per_step, UNIT_ROWS,
-        -(-total * stream.units_per_step // config["segments"]), stream.prefetch_units,
+        -(-total * stream.units_per_step // config["segments"]), stream.prefetch_units, stream.units_per_block,
     )  # fmt: skip
 
     def move_cursor(segment: Segment) -> None:

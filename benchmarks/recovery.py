@@ -98,7 +98,8 @@ def lost_node(scratch: Path, data: Manifest) -> float:
     done = subprocess.run(program, cwd=ROOT, env=os.environ | CALM, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stdout + done.stderr)
-    return float(json.loads(done.stdout.splitlines()[-1])["next_step_s"])
+    told = [line for line in done.stdout.splitlines() if line.startswith("{")]  # Ray may have printed more after it
+    return float(json.loads(told[-1])["next_step_s"])
 
 
 def lost_bare_node(scratch: Path) -> float:

@@ -1,6 +1,6 @@
 """Claim: whatever is killed, stopped or cut off, and whenever, a run ends with the losses of the undisturbed one.
 
-    python -m benchmarks.soak [--minutes 30] [--seed 0] [--steps 600]
+    python -m benchmarks.soak [--minutes 30] [--seed 0] [--steps 600] [--life 0.25]
 
 Runs the command `simclr-ray pretrain` over images and, every other time, a run folder on a real S3 server behind a
 proxy, and lets faults happen at random moments, all drawn from the seed: train workers, any other process of Ray and
@@ -29,7 +29,8 @@ import tempfile
 import threading
 import time
 import uuid
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -53,7 +54,7 @@ RESULT = Path(__file__).parent / "results/soak.json"
 CHECKPOINT_EVERY = 25
 MOST_COMMANDS = 40
 """Of one run; one that needs more makes no progress."""
-GROWTH_MB, GROWTH_FILES, GROWTH_PROCESSES = 150, 40, 2
+GROWTH = {"memory_mb": 150, "files": 40, "processes": 2}
 """Of the whole tree of one driver, allowed between the first and the last third of its life."""
 CONTINUING = re.compile(r"continuing from the checkpoint of step (\d+)")
 
@@ -203,7 +204,8 @@ class Soak:
             folder, str(folder), "s3://train/data", 1, train__steps=10_000_000, optim__warmup_epochs=10,
             train__keep_checkpoints=2, train__checkpoint_every=200, train__log_every=50,
         )  # fmt: skip
-        samples, kills, end = [], 0, time.monotonic() + 60 * minutes
+        samples: list[Sizes] = []
+        kills, end = 0, time.monotonic() + 60 * minutes
         with command(file, mark) as process:
             threading.Thread(target=lambda: list(process.stdout or ()), daemon=True).start()
             waited(process, 30)
@@ -219,31 +221,53 @@ class Soak:
             code = died if died is not None else process.wait(120)
         this = Round([1], on_s3=False, codes=[code])
         self.left_over(mark, faults.shared_memory_bytes(), this)
-        third = max(1, len(samples) // 3)
-        growth = {
-            name: median(s[name] for s in samples[-third:]) - median(s[name] for s in samples[:third])
-            for name in ("memory_mb", "files", "processes")
-        }
-        limits = {"memory_mb": GROWTH_MB, "files": GROWTH_FILES, "processes": GROWTH_PROCESSES}
-        this.broken += [f"{name} grew by {growth[name]:.0f}" for name, most in limits.items() if growth[name] > most]
+        growth, by_title = growth_of(samples)
+        this.broken += [f"{name} grew by {by:.0f}" for name, by in growth.items() if by > GROWTH[name]]
         if code != 130:
             this.broken.append(f"exit code {code} in place of 130")
-        return {"minutes": minutes, "kills": kills, "growth": growth, "last": samples[-1], "broken": this.broken}
+        return {
+            "minutes": minutes, "kills": kills, "growth": growth, "growth_by_process": by_title,
+            "last": total(samples[-1]), "broken": this.broken,
+        }  # fmt: skip
 
 
-def sizes(mark: str) -> dict[str, float]:
-    """Of a command's whole tree but its train workers, which come and go: private memory, open files, processes."""
-    total = {"memory_mb": 0.0, "files": 0.0, "processes": 0.0}
+Sizes = dict[str, dict[str, float]]
+"""By the title of a process: private memory, open files, processes."""
+
+
+def sizes(mark: str) -> Sizes:
+    """Of a command's whole tree but its train workers, which come and go."""
+    found: Sizes = defaultdict(lambda: dict.fromkeys(GROWTH, 0.0))
     workers = {one.pid for one in train_workers(mark)}
     for one in marked(mark):
         try:
             if one.pid not in workers:
-                total["memory_mb"] += one.memory_full_info().uss / 1e6
-                total["files"] += one.num_fds()
-                total["processes"] += 1
+                of_title = found[faults.title(one)[:60]]
+                of_title["memory_mb"] += one.memory_full_info().uss / 1e6
+                of_title["files"] += one.num_fds()
+                of_title["processes"] += 1
         except psutil.Error:
             continue
-    return total
+    return dict(found)
+
+
+def total(sample: Sizes) -> dict[str, float]:
+    """Of all processes."""
+    return {name: sum(of_title[name] for of_title in sample.values()) for name in GROWTH}
+
+
+def growth_of(samples: list[Sizes]) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """From the first third of a life to its last, in all and by process where it is not nothing."""
+    third = max(1, len(samples) // 3)
+
+    def between(of: Callable[[Sizes], dict[str, float]]) -> dict[str, float]:
+        first, last = ([of(one) for one in part] for part in (samples[:third], samples[-third:]))
+        return {name: round(median(s[name] for s in last) - median(s[name] for s in first), 1) for name in GROWTH}
+
+    nothing = dict.fromkeys(GROWTH, 0.0)
+    titles = sorted({title for one in samples for title in one})
+    by_title = {title: between(lambda one, title=title: one.get(title, nothing)) for title in titles}
+    return between(total), {title: by for title, by in by_title.items() if any(abs(by[n]) >= 1 for n in by)}
 
 
 def command(file: Path, mark: str) -> AbstractContextManager[subprocess.Popen[str]]:
@@ -315,10 +339,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--life", type=float, default=0.25, help="share of the minutes for the long life of one driver")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--tolerance", type=float, default=0.02, help="relative, where the number of workers changed")
     options = parser.parse_args()
-    end = time.monotonic() + 60 * options.minutes * 0.75
+    end = time.monotonic() + 60 * options.minutes * (1 - options.life)
     with tempfile.TemporaryDirectory() as scratch:
         server = Seaweed(Path(scratch, "s3"))
         os.environ.update(server.environment())
@@ -329,7 +354,7 @@ def main() -> int:
                 while time.monotonic() < end:
                     rounds.append(soak.round(len(rounds)))
                     tell(len(rounds), rounds[-1], options.steps)
-                return report(rounds, soak.long_life(options.minutes * 0.25), options)
+                return report(rounds, soak.long_life(options.minutes * options.life), options)
         finally:
             server.stop()
 

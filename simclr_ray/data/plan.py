@@ -245,22 +245,45 @@ class Segment:
     padded_stop: int
 
 
-def segments(first_unit: int, last_unit: int, *, per_step: int, world_size: int, max_units: int) -> list[Segment]:
-    """Cut units [first, last) into executions of whole steps, each padded to multiples of the world size.
+def units_per_block(per_micro_batch: int, *, workers: int, most: int) -> int:
+    """How many consecutive units d are dealt together: the most that change nothing for the slowest of the workers.
 
-    Ray Data deals an execution's blocks from rank 0 on and drops what does not divide. With padding at both ends unit j
-    always falls to rank j mod W, and nothing that carries a step is dropped; the padding is read by nobody.
+    Dealing costs Ray the same for a block of any size. d divides the micro-batch, so that each begins with a block;
+    each worker has one in it, and the one that has most has no more than if single units were dealt. With fewer workers
+    than these, as after a lost node, some have up to d units more.
+
+    Args:
+        per_micro_batch: Units of a micro-batch.
+        workers: As many as there should be, W.
+        most: A bound, such as what fits in memory.
     """
-    assert first_unit % per_step == last_unit % per_step == 0
+    fair = -(-per_micro_batch // workers)
+    for per_block in range(min(most, fair), 1, -1):
+        blocks, rest = divmod(per_micro_batch, per_block)
+        if not rest and blocks >= workers and -(-blocks // workers) * per_block == fair:
+            return per_block
+    return 1
+
+
+def segments(
+    first_unit: int, last_unit: int, *, per_step: int, world_size: int, max_units: int, per_block: int = 1
+) -> list[Segment]:
+    """Cut units [first, last) into executions of whole steps, each padded to a block for every rank.
+
+    Ray Data deals an execution's blocks from rank 0 on and drops what does not divide. With padding at both ends block
+    j always falls to rank j mod W, and nothing that carries a step is dropped; the padding is read by nobody.
+    """
+    assert first_unit % per_step == last_unit % per_step == per_step % per_block == 0
+    round_of_ranks = world_size * per_block
     steps_each = max(1, max_units // per_step)
     out = []
     for start in range(first_unit, last_unit, steps_each * per_step):
         stop = min(last_unit, start + steps_each * per_step)
-        out.append(Segment(start - start % world_size, start, stop, stop + -stop % world_size))
+        out.append(Segment(start - start % round_of_ranks, start, stop, stop + -stop % round_of_ranks))
     return out
 
 
 def share(step: int, rank: int, *, per_step: int, world_size: int) -> range:
-    """Units of a step that fall on a rank, in the order in which the split hands them out."""
+    """Blocks of a step that fall on a rank, in the order in which the split hands them out; a block may be a unit."""
     first, last = step * per_step, (step + 1) * per_step
     return range(first + (rank - first) % world_size, last, world_size)

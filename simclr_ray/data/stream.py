@@ -1,8 +1,9 @@
-"""The Ray Data stream: finished units in plan order, one block a unit, split over the train workers.
+"""The Ray Data stream: finished units in plan order, in blocks of one or a few, split over the train workers.
 
-One Ray task reads a run of consecutive units and hands them to `transform` (decode, draw, apply) one unit at a time;
-`preserve_order` keeps the plan's order whatever the tasks' speed, a strict repartition cuts the output into blocks of
-exactly one unit, and an equal `streaming_split` deals unit j to rank j mod W.
+One Ray task reads a run of consecutive units and hands them to `transform` (decode, draw, apply) one block at a
+time; `preserve_order` keeps the plan's order whatever the tasks' speed, a strict repartition cuts the output into
+blocks of exactly d units, and an equal `streaming_split` deals block j to rank j mod W. A block costs Ray the same
+whatever is in it (`benchmarks/ingest.py`), so d is as large as the shares of the ranks allow (`plan.units_per_block`).
 
 Which units an execution streams is asked of a `SegmentCursor` when it starts. Rank 0 sets the cursor to where the
 loaded checkpoint stands and then moves it from segment to segment, so the position has one source of truth, and a
@@ -143,6 +144,7 @@ def unit_stream(
     *,
     unit_rows: int,
     units_per_task: int,
+    units_per_block: int = 1,
     limits: Limits | None = None,
 ) -> ray.data.Dataset:
     """The lazily executed stream of transformed units; give it to a TorchTrainer or `streaming_split` it.
@@ -150,15 +152,18 @@ def unit_stream(
     Args:
         address: The plan.
         cursor: A `SegmentCursor` actor.
-        transform: Columns of one unit to columns of one unit, the same number of rows.
+        transform: Columns of a block's units to columns of the same units, the same number of rows.
         unit_rows: R.
-        units_per_task: Consecutive units a task.
+        units_per_task: Consecutive units a task, at least; whole blocks.
+        units_per_block: Consecutive units a block, d.
         limits: What an image may be, as for `transform`: another unit stands in for one that has none.
     """
+    block_rows = units_per_block * unit_rows
+    units_per_task += -units_per_task % units_per_block
     source = UnitSource(address, cursor, units_per_task, limits or Limits())
     frame = ray.data.read_datasource(source, override_num_blocks=1)
-    frame = frame.map_batches(transform, batch_size=unit_rows, batch_format="numpy")
-    return frame.repartition(target_num_rows_per_block=unit_rows, strict=True)
+    frame = frame.map_batches(transform, batch_size=block_rows, batch_format="numpy")
+    return frame.repartition(target_num_rows_per_block=block_rows, strict=True)
 
 
 def execution_options(max_bytes_ahead: int, labels: Mapping[str, str] | None = None) -> ray.data.ExecutionOptions:

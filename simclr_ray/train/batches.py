@@ -1,4 +1,4 @@
-"""One rank's batches: its units of each step, in the plan's order, checked against the plan's arithmetic.
+"""One rank's batches: its blocks of units of each step, in the plan's order, checked against the plan's arithmetic.
 
 Every rank knows from arithmetic alone which units it gets and when the stream ends, so no rank ever discovers the
 end by itself and leaves the others waiting in a collective.
@@ -58,22 +58,32 @@ class Shares:
     max_units: int
     """Units of one execution of the stream."""
     prefetch_units: int
+    units_per_block: int = 1
+    """Consecutive units that are dealt together; they divide a micro-batch."""
+
+    @property
+    def block_rows(self) -> int:
+        """Images of a block."""
+        return self.unit_rows * self.units_per_block
+
+    def blocks(self, step: int, rank: int | None = None) -> range:
+        """A rank's blocks of a step (this one's without a word)."""
+        return self._blocks(step, self.rank if rank is None else rank, self.units_per_step)
+
+    def _blocks(self, piece: int, rank: int, units: int) -> range:
+        return share(piece, rank, per_step=units // self.units_per_block, world_size=self.world_size)
 
     def micro_batches(self, step: int) -> tuple[int, ...]:
         """Images of this rank in each micro-batch of a step: runs of the step's units, so the order is the step's."""
         count = self.units_per_step // self.units_per_micro_batch
         return tuple(
-            self.unit_rows
-            * len(share(piece, self.rank, per_step=self.units_per_micro_batch, world_size=self.world_size))
+            self.block_rows * len(self._blocks(piece, self.rank, self.units_per_micro_batch))
             for piece in range(step * count, (step + 1) * count)
         )
 
     def images_by_rank(self, step: int) -> tuple[int, ...]:
         """Images of every rank in a step."""
-        return tuple(
-            self.unit_rows * len(share(step, rank, per_step=self.units_per_step, world_size=self.world_size))
-            for rank in range(self.world_size)
-        )
+        return tuple(self.block_rows * len(self.blocks(step, rank)) for rank in range(self.world_size))
 
 
 def step_batches(
@@ -91,38 +101,36 @@ def step_batches(
     Raises:
         ClusterError: the stream handed out another unit than the plan has here.
     """
-    per_step = shares.units_per_step
+    per_step, per_block = shares.units_per_step, shares.units_per_block
     for segment in segments(
         first_step * per_step,
         last_step * per_step,
         per_step=per_step,
         world_size=shares.world_size,
         max_units=shares.max_units,
+        per_block=per_block,
     ):
         move_cursor(segment)
-        units = iter(
-            shard.iter_batches(
-                batch_size=shares.unit_rows, batch_format="numpy", prefetch_batches=shares.prefetch_units
-            )
-        )
-        if shares.rank < segment.start - segment.padded_start:
-            next(units)  # the padding before the first step is less than one unit a rank
+        prefetch = -(-shares.prefetch_units // per_block)
+        blocks = iter(shard.iter_batches(batch_size=shares.block_rows, batch_format="numpy", prefetch_batches=prefetch))
+        if shares.rank < (segment.start - segment.padded_start) // per_block:
+            next(blocks)  # the padding before the first step is less than one block a rank
         for step in range(segment.start // per_step, segment.stop // per_step):
-            mine = share(step, shares.rank, per_step=per_step, world_size=shares.world_size)
-            yield _collect(step, mine, units, shares)
-        for _ in units:  # the padding; running the split to its end lets all ranks start the next one together
+            yield _collect(step, blocks, shares)
+        for _ in blocks:  # the padding; running the split to its end lets all ranks start the next one together
             pass
 
 
-def _collect(step: int, mine: range, units: Iterator[Mapping[str, np.ndarray]], shares: Shares) -> StepBatch:
+def _collect(step: int, blocks: Iterator[Mapping[str, np.ndarray]], shares: Shares) -> StepBatch:
     started = time.monotonic()
-    parts = []
-    for expected in mine:
-        part = next(units, None)
-        if part is None or set(part["unit"].tolist()) != {expected}:
-            got = "the end of the stream" if part is None else f"unit {part['unit'].tolist()}"
+    parts, per_block = [], shares.units_per_block
+    for block in shares.blocks(step):
+        expected = np.arange(block * per_block, (block + 1) * per_block)
+        part = next(blocks, None)
+        if part is None or not np.array_equal(part["unit"], np.repeat(expected, shares.unit_rows)):
+            got = "the end of the stream" if part is None else f"units {np.unique(part['unit']).tolist()}"
             raise ClusterError(
-                f"the stream broke the plan's order at step {step}", got=got, expected=f"unit {expected}"
+                f"the stream broke the plan's order at step {step}", got=got, expected=f"units {expected.tolist()}"
             )
         parts.append(part)
 

@@ -12,7 +12,7 @@ from typing import Any
 from simclr_ray.config import Config, DataConfig, ViewsConfig
 from simclr_ray.data.decode import Limits
 from simclr_ray.data.manifest import Manifest
-from simclr_ray.data.plan import UnitTable, share, units_per_micro_batch, units_per_step
+from simclr_ray.data.plan import UnitTable, share, units_per_block, units_per_micro_batch, units_per_step
 from simclr_ray.errors import ConfigError
 from simclr_ray.learn.optim import peak_learning_rate
 from simclr_ray.views.policy import Policy, preset
@@ -133,12 +133,25 @@ def policy_of(views: ViewsConfig) -> Policy:
     return Policy.model_validate(policy.model_dump() | changes)
 
 
+MOST_BLOCK_BYTES = 80 << 20
+"""Of finished views: four units of 64 at 224 pixels. Ray Data would cut a block of more than 128 MiB."""
+
+
+def unit_bytes(config: Config, derived: Derived) -> int:
+    """Memory of a unit's finished views."""
+    return derived.unit_rows * 2 * 3 * policy_of(config.views).size ** 2
+
+
+def block_units(config: Config, derived: Derived, workers: int) -> int:
+    """Units that the stream deals together, as many as fit a task and memory and leave the workers' shares alone."""
+    most = min(config.data.units_per_task, MOST_BLOCK_BYTES // unit_bytes(config, derived))
+    return units_per_block(derived.units_per_micro_batch, workers=workers, most=most)
+
+
 def bytes_ahead(config: Config, derived: Derived) -> int:
     """Memory for the steps that the stream may be ahead, and for a few tasks' output at least, or it would stutter."""
-    size = policy_of(config.views).size
-    unit_bytes = derived.unit_rows * 2 * 3 * size * size
     units = max(config.data.steps_ahead * derived.units_per_step, 4 * config.data.units_per_task)
-    return units * unit_bytes
+    return units * unit_bytes(config, derived)
 
 
 def check_world_size(world_size: int, derived: Derived) -> None:
@@ -161,10 +174,11 @@ def check_world_size(world_size: int, derived: Derived) -> None:
         )
 
 
-def shares(derived: Derived, world_size: int) -> Sequence[int]:
+def shares(derived: Derived, world_size: int, per_block: int = 1) -> Sequence[int]:
     """Images of the first step that fall on each rank; later steps may deal the uneven rest to other ranks."""
+    blocks = derived.units_per_step // per_block
     return [
-        derived.unit_rows * len(share(0, rank, per_step=derived.units_per_step, world_size=world_size))
+        per_block * derived.unit_rows * len(share(0, rank, per_step=blocks, world_size=world_size))
         for rank in range(world_size)
     ]
 

@@ -36,6 +36,7 @@ from simclr_ray.train.cluster import (
 )
 from simclr_ray.train.derive import (
     Derived,
+    block_units,
     bytes_ahead,
     check_world_size,
     derive,
@@ -155,7 +156,7 @@ def _pretrain(
         planes = planes_of(settings.cluster, ray.nodes())
         workers, use_gpu = resolve_workers(settings.cluster, planes)
         check_world_size(workers, derived)
-        parts = " + ".join(map(str, shares(derived, workers)))
+        parts = " + ".join(map(str, shares(derived, workers, block_units(settings, derived, workers))))
         console.say(f"workers: {workers} on {'GPU' if use_gpu else 'CPU'}; per-rank share {parts} images")
         where, why = resolve_views(
             settings.views.where, settings.cluster, planes, workers=workers, use_gpu=use_gpu,
@@ -290,6 +291,7 @@ def _left_out(run: RunFolder) -> frozenset[int]:
 def _trainer(setup: _Setup, desk: Any) -> PretrainTrainer:
     config, derived, run, cluster = setup.config, setup.derived, setup.run, setup.config.cluster
     configure_ray_data()
+    per_block = block_units(config, derived, setup.workers)
     cursor = beside_the_driver(SegmentCursor).remote()
     stream = unit_stream(
         PlanAddress(setup.manifest.folder, setup.manifest.fingerprint, config.run.seed),
@@ -299,11 +301,14 @@ def _trainer(setup: _Setup, desk: Any) -> PretrainTrainer:
         ),
         unit_rows=derived.unit_rows,
         units_per_task=config.data.units_per_task,
+        units_per_block=per_block,
         limits=limits_of(config.data),
     )
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if setup.use_gpu else {})
     fewest = min(cluster.min_workers or setup.workers, setup.workers)
-    order = WorkerOrder(config, derived, run, setup.manifest.fingerprint, setup.where, cursor, desk, _left_out(run))
+    order = WorkerOrder(
+        config, derived, run, setup.manifest.fingerprint, setup.where, cursor, desk, per_block, _left_out(run)
+    )
     return PretrainTrainer(
         train_worker,
         cluster=cluster,

@@ -63,6 +63,8 @@ class WorkerOrder:
     """`SegmentCursor` actor."""
     desk: Any
     """`Desk` actor, where ranks leave news for the driver."""
+    units_per_block: int = 1
+    """Units that the stream deals together."""
     left_out: frozenset[int] = frozenset()
     """Steps whose images are passed over, for they gave numbers that are not finite."""
 
@@ -165,7 +167,7 @@ def _batches(order: WorkerOrder, rank: int, world_size: int, *, first_step: int)
     data, derived = order.config.data, order.derived
     shares = Shares(
         rank, world_size, derived.units_per_step, derived.units_per_micro_batch, derived.unit_rows,
-        data.units_per_segment, data.prefetch_units,
+        data.units_per_segment, data.prefetch_units, order.units_per_block,
     )  # fmt: skip
 
     def move_cursor(segment: Segment) -> None:

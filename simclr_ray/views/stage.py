@@ -1,4 +1,4 @@
-"""The CPU stage of the stream: the encoded images of one unit become two views each, R rows in and R rows out.
+"""The CPU stage of the stream: the encoded images of a unit become two views each, R rows in and R rows out.
 
 A row that does not decode is never dropped, for a dropped row would shift every later batch. It is replaced by the
 next row of its unit that does (in planned order, around the end), in views of its own: the c-th use of a sample in
@@ -59,7 +59,7 @@ _MOST_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class ViewStage:
-    """Header, draw, decode and apply, for Ray Data's `map_batches` over whole units."""
+    """Header, draw, decode and apply, for Ray Data's `map_batches` over blocks of whole units."""
 
     policy: Policy
     seed: int
@@ -67,30 +67,42 @@ class ViewStage:
     where: Where = "cpu"
     scaled_decode: bool = True
 
-    def __call__(self, unit: Columns) -> Columns:
+    def __call__(self, block: Columns) -> Columns:
         """Turn the columns `image`, `sample_id`, `unit` and `epoch` into views.
 
         The columns `use`, `lost_id` and `lost_reason` may be there too: how often the unit's images were used before,
-        where they stand in for those of a lost unit, and which images were lost, -1 where none was.
+        where they stand in for those of a lost unit, and which images were lost, -1 where none was. The rows of a unit
+        follow each other; n are all rows.
 
         Returns:
-            `views` (R, 2, S, S, 3) uint8; `sample_id`, `epoch` and `use` (R,) of the image that was used, which are the
-            address of its draws; `unit` as it came; `rejected_id` (R,) and `reason` (R,) of the image that stood here
-            before, -1 where it was used; `animated` (R,) bool, whether the image that was used is the first of several
+            `views` (n, 2, S, S, 3) uint8; `sample_id`, `epoch` and `use` (n,) of the image that was used, which are the
+            address of its draws; `unit` as it came; `rejected_id` (n,) and `reason` (n,) of the image that stood here
+            before, -1 where it was used; `animated` (n,) bool, whether the image that was used is the first of several
             frames.
 
         Raises:
-            DataError: no row of the unit decodes. Units without a single good header do not come here, for others stand
+            DataError: no row of a unit decodes. Units without a single good header do not come here, for others stand
                 in for them (`data/units.py`); so all that have one are broken in their pixels.
         """
         torch.set_num_threads(1)  # Ray runs one such task a CPU; more threads would only compete
-        return self.columns(unit)
+        return self.columns(block)
 
-    def columns(self, unit: Columns) -> Columns:
+    def columns(self, block: Columns) -> Columns:
         """The same, leaving the process's number of threads alone."""
+        size, units = self.policy.size, block["unit"]
+        views = np.empty((len(units), 2, size, size, 3), dtype=np.uint8)
+        ends = [*(np.flatnonzero(np.diff(units)) + 1).tolist(), len(units)]
+        parts = [
+            self._unit({name: column[start:end] for name, column in block.items()}, views[start:end])
+            for start, end in zip([0, *ends], ends, strict=False)
+        ]
+        return {"views": views} | {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _unit(self, unit: Columns, views: Pixels) -> Columns:
+        """Fill `views` (R, 2, S, S, 3) of one unit, and give the other columns."""
         ids, epochs = unit["sample_id"].astype(np.int64), unit["epoch"].astype(np.int64)
         rows = self.read(unit["image"].tolist(), ids, epochs, used=unit.get("use"))
-        views = self.make(rows)
+        self._fill(views, np.flatnonzero(rows.reasons == ACCEPTED), np.arange(len(ids)), rows.used, rows)
         accepted = rows.reasons == ACCEPTED
         if not accepted.any():
             names = ", ".join(sorted({REASONS[code] for code in rows.reasons}))
@@ -108,7 +120,6 @@ class ViewStage:
             if ((rows.reasons == ACCEPTED) != accepted).any():
                 raise DataError(f"an image of unit {unit['unit'][0]} decoded once and not again", fix="run again")
         return {
-            "views": views,
             "sample_id": rows.ids[source],
             "epoch": rows.epochs[source],
             "use": use,

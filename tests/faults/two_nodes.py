@@ -21,6 +21,7 @@ import ray
 import yaml
 from ray.cluster_utils import Cluster
 
+from simclr_ray.observe.metrics import read_jsonl
 from simclr_ray.train.cluster import told_whom_to_ask
 from simclr_ray.train.drain import drain
 from tests.faults.commands import committed, steps_done, wait_for
@@ -66,8 +67,7 @@ def main(config: str, event: str, after_step: int) -> None:
             time.sleep(max(0.0, NOTICE_MS / 1000 - (time.monotonic() - started)))
         cluster.remove_node(node, allow_graceful=False)
         happened["gone_s"] = time.monotonic() - started
-        reached = steps_done(folder)
-        wait_for(lambda: steps_done(folder) < reached or steps_done(folder) > reached + 1, timeout_s=240)
+        wait_for(lambda: any(record.attempt > 1 for record in read_jsonl(folder / "metrics.jsonl")), timeout_s=240)
         happened["next_step_s"] = time.monotonic() - started
 
     thread = threading.Thread(target=disturb, daemon=True)

@@ -36,17 +36,17 @@ def _consume(split: Any, cursor: Any, shares: Shares, first: int, last: int) -> 
 
 
 def stream_steps(
-    manifest: Manifest, world_size: int, *, first: int = 0, last: int = 9, seed: int = 5
+    manifest: Manifest, world_size: int, *, first: int = 0, last: int = 9, seed: int = 5, per_block: int = 1
 ) -> dict[int, list[Any]]:
     """Run the stream with W consumers; for each step, the ranks' (ids, views, rejected)."""
     configure_ray_data()
     cursor = SegmentCursor.remote()
     stage = ViewStage(POLICY, seed, Limits())
     address = PlanAddress(manifest.folder, manifest.fingerprint, seed)
-    stream = unit_stream(address, cursor, stage, unit_rows=R, units_per_task=3)
+    stream = unit_stream(address, cursor, stage, unit_rows=R, units_per_task=3, units_per_block=per_block)
     splits = stream.streaming_split(world_size, equal=True)
     tasks = [
-        _consume.remote(split, cursor, Shares(rank, world_size, PER_STEP, 2, R, 20, 2), first, last)
+        _consume.remote(split, cursor, Shares(rank, world_size, PER_STEP, 2, R, 20, 2, per_block), first, last)
         for rank, split in enumerate(splits)
     ]
     steps: dict[int, list[Any]] = {}
@@ -87,6 +87,18 @@ def test_every_step_holds_the_same_views_for_any_number_of_workers(
     for step, ranks in steps.items():
         assert len(ranks) == world_size
         assert max(len(ids) for ids, *_ in ranks) - min(len(ids) for ids, *_ in ranks) <= R
+        assert by_sample(ranks) == by_sample(one_worker[step])
+
+
+@pytest.mark.parametrize("first", [0, 5])
+def test_units_dealt_together_are_the_same_units(
+    one_worker: dict[int, list[Any]], data_set: Manifest, first: int
+) -> None:
+    """Two units a block, two blocks a step, and tasks of three units made four."""
+    steps = stream_steps(data_set, 2, first=first, per_block=2)
+    assert sorted(steps) == list(range(first, 9))
+    for step, ranks in steps.items():
+        assert [len(ids) for ids, *_ in ranks] == [2 * R, 2 * R]
         assert by_sample(ranks) == by_sample(one_worker[step])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -169,6 +170,20 @@ def test_segments_join_without_gap_and_split_evenly(
         assert segment.padded_start % world == segment.padded_stop % world == 0
         assert 0 <= segment.padded_stop - segment.stop < world
         assert 0 <= segment.start - segment.padded_start < world
+
+
+@given(st.integers(0, 9), st.integers(1, 12), st.integers(1, 6), worlds, st.integers(1, 30), st.integers(1, 5))
+def test_blocks_are_cut_as_single_units_are(
+    first: int, steps: int, per_step: int, world: int, most: int, per_block: int
+) -> None:
+    def cut(d: int) -> list[tuple[int, ...]]:
+        found = segments(
+            d * first * per_step, d * (first + steps) * per_step,
+            per_step=d * per_step, world_size=world, max_units=d * most, per_block=d,
+        )  # fmt: skip
+        return [astuple(segment) for segment in found]
+
+    assert cut(per_block) == [tuple(per_block * unit for unit in segment) for segment in cut(1)]
 
 
 @given(st.integers(0, 9), st.integers(1, 6), st.integers(1, 8), st.data())

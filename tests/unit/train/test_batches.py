@@ -7,26 +7,47 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simclr_ray.data.plan import Segment, share
+from simclr_ray.data.plan import Segment, units_per_block
 from simclr_ray.errors import ClusterError
 from simclr_ray.train.batches import Shares, step_batches
 
 
-@given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 9), st.integers(0, 50))
-def test_micro_batches_hold_the_same_units_for_any_number_of_ranks(per_micro, pieces, world_size, step):
-    per_step, unit_rows = per_micro * pieces, 16
+@given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 5), st.integers(1, 9), st.integers(0, 50))
+def test_micro_batches_hold_the_same_units_for_any_number_of_ranks(blocks, per_block, pieces, world_size, step):
+    per_micro, unit_rows = blocks * per_block, 16
+    per_step = per_micro * pieces
     held: list[set[int]] = [set() for _ in range(pieces)]
     for rank in range(world_size):
-        shares = Shares(rank, world_size, per_step, per_micro, unit_rows, 100, 2)
-        mine = list(share(step, rank, per_step=per_step, world_size=world_size))
+        shares = Shares(rank, world_size, per_step, per_micro, unit_rows, 100, 2, per_block)
+        mine = [block * per_block + i for block in shares.blocks(step) for i in range(per_block)]
         assert shares.images_by_rank(step)[rank] == unit_rows * len(mine) == sum(shares.micro_batches(step))
         for piece, images in enumerate(shares.micro_batches(step)):
             units, mine = mine[: images // unit_rows], mine[images // unit_rows :]
             held[piece] |= set(units)
-            if world_size <= per_micro:
+            if world_size <= blocks:
                 assert units
     first = step * per_step
     assert held == [set(range(first + p * per_micro, first + (p + 1) * per_micro)) for p in range(pieces)]
+
+
+@given(st.integers(1, 96), st.integers(1, 16), st.integers(1, 16))
+def test_units_are_dealt_together_where_no_worker_has_more_to_do_for_it(per_micro, workers, most):
+    if workers > per_micro:
+        return
+    per_block = units_per_block(per_micro, workers=workers, most=most)
+    assert 1 <= per_block <= most
+    assert per_micro % per_block == 0
+
+    def images(per_block: int) -> list[int]:
+        of_ranks = [Shares(rank, workers, per_micro, per_micro, 1, 100, 2, per_block) for rank in range(workers)]
+        return [shares.images_by_rank(0)[rank] for rank, shares in enumerate(of_ranks)]
+
+    assert sum(images(per_block)) == per_micro
+    assert min(images(per_block)) > 0
+    assert max(images(per_block)) == max(images(1))
+    if per_micro % workers == 0:  # then what divides a share is a way, and the largest is taken
+        share = per_micro // workers
+        assert per_block == max(d for d in range(1, min(most, share) + 1) if share % d == 0)
 
 
 class Split:
@@ -60,5 +81,5 @@ def test_a_batch_is_its_units_in_order_and_counts_what_stands_in_them():
 
 
 def test_another_unit_than_the_plan_s_is_an_error():
-    with pytest.raises(ClusterError, match=r"broke the plan's order at step 1.*\[5.*unit 3"):
+    with pytest.raises(ClusterError, match=r"broke the plan's order at step 1.*\[5\].*\[3\]"):
         list(step_batches(Split([2, 5]), lambda _: None, SHARES, first_step=1, last_step=2))

@@ -51,6 +51,18 @@ def test_views_of_a_sample_do_not_depend_on_its_place_or_company() -> None:
     assert (whole["rejected_id"] == -1).all()
 
 
+def test_units_of_a_block_are_made_as_if_each_came_alone() -> None:
+    """A rejected row is replaced by one of its own unit."""
+    first = unit([png(0), b"broken", png(2)], [0, 1, 2])
+    second = unit([png(3), png(4), b"broken"], [3, 4, 5]) | {"unit": np.full(3, 6)}
+    block = STAGE({name: np.concatenate([first[name], second[name]]) for name in first})
+    alone = [STAGE(first), STAGE(second)]
+    assert block.keys() == alone[0].keys()
+    for name, column in block.items():
+        assert np.array_equal(column, np.concatenate([one[name] for one in alone])), name
+        assert column.dtype == alone[0][name].dtype
+
+
 def test_views_differ_between_the_two_and_between_epochs() -> None:
     images = [png(0)]
     first, second = (STAGE(unit(images, [0], epoch))["views"] for epoch in (0, 1))
