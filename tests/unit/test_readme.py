@@ -66,7 +66,8 @@ def test_the_stream_and_training_are_as_measured() -> None:
     ours = sum(photos["cost_us"]["Ray's share"].values()) / 1000
     still = sum(photos["cost_us"]["idle"].values()) / 1000
     for words in (
-        f"at {stream:.0f} images a second where a plain loop of the same functions makes {plain:.0f} on one core",
+        f"at {stream:.0f} images a second where a plain loop of the same functions makes {plain:.0f} on one core "
+        f"({stream / plain:.0%})".replace("%", " %"),
         f"and {shares[0]:.0%} of its images for each second of CPU".replace("%", " %"),
         f"costs {sum(photos['cost_us']['plain loop'].values()) / 1000:.2f} ms in the loop and {ours:.2f} ms of Ray's",
         f"of which {still:.2f} ms is what Ray's processes take standing still ({photos['idle_cores']:.2f} cores",
