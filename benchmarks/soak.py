@@ -236,15 +236,19 @@ Sizes = dict[str, dict[str, float]]
 
 
 def sizes(mark: str) -> Sizes:
-    """Of a command's whole tree but its train workers, which come and go."""
+    """Of a command's whole tree but its train workers, which come and go.
+
+    The log monitor's files are not counted: it opens every log there is, and closes all when it has 200 (Ray's limit).
+    """
     found: Sizes = defaultdict(lambda: dict.fromkeys(GROWTH, 0.0))
     workers = {one.pid for one in train_workers(mark)}
     for one in marked(mark):
         try:
             if one.pid not in workers:
-                of_title = found[faults.title(one)[:60]]
+                title = faults.title(one)[:60]
+                of_title = found[title]
                 of_title["memory_mb"] += one.memory_full_info().uss / 1e6
-                of_title["files"] += one.num_fds()
+                of_title["files"] += 0 if title == "log_monitor" else one.num_fds()
                 of_title["processes"] += 1
         except psutil.Error:
             continue
