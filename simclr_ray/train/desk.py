@@ -36,7 +36,7 @@ class _Desk:
         self._notes: dict[int, Note] = {}
         self._failed: list[tuple[Note, str]] = []
         self._asked, self._stopping = 0, False
-        self._joining = False
+        self._joining, self._needed = False, True
         self._ended: str | None = None
 
     def begin_attempt(self) -> int:
@@ -51,11 +51,18 @@ class _Desk:
         """Attempts begun so far."""
         return self._news.attempts
 
-    def join(self, rank: int, node: str) -> None:
-        """Say where a rank runs; the first thing that each rank of an attempt says."""
+    def join(self, rank: int, node: str) -> bool:
+        """Say where a rank runs; the first thing that each rank of an attempt says.
+
+        Returns:
+            Whether to train at all, the same for all ranks of the attempt: not after an error that every restart would
+            meet again, nor where a stop was asked for while there was no group to hear it.
+        """
         if not self._joining:
             self._joining, self._ended, self._nodes = True, self.why_it_ended(), {}
+            self._needed = self._fatal is None and not self._stopping
         self._nodes[rank] = node
+        return self._needed
 
     def pulse(self, note: Note) -> tuple[int, bool]:
         """Leave where a rank stands; returns how often a checkpoint was asked for so far, and whether to stop."""

@@ -72,10 +72,9 @@ class WorkerOrder:
 def train_worker(loop_config: dict[str, Any]) -> None:
     """Train on this rank until the last step. Ray Train calls this on every rank of every attempt."""
     order: WorkerOrder = loop_config["order"]
-    if ray.get(order.desk.fatal.remote()) is not None:
-        return  # a restart of Ray's after an error that every restart would meet again; the driver raises it
     rank = ray.train.get_context().get_world_rank()
-    ray.get(order.desk.join.remote(rank, ray.get_runtime_context().get_node_id()))
+    if not ray.get(order.desk.join.remote(rank, ray.get_runtime_context().get_node_id())):
+        return  # a restart of Ray's that is not wanted any more; the driver knows why
     with Pulse(rank, order.desk) as pulse, _reported(order, pulse):
         _train(order, pulse)
 

@@ -104,6 +104,18 @@ def test_row_38_ctrl_c_saves_and_ends_and_the_same_command_goes_on(
     assert losses(folder) == undisturbed
 
 
+def test_row_38_ctrl_c_while_no_worker_lives_ends_without_another_attempt(data_set: Manifest, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with started(recipe(folder, data_set, train__steps=100_000, optim__warmup_epochs=10)) as process:
+        wait_for(lambda: steps_done(folder) >= 12)
+        train_workers(process)[0].kill()
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert info(folder)["attempts"] == 1
+    assert info(folder)["status"] == "interrupted"
+
+
 def test_row_38_a_second_ctrl_c_ends_at_once_and_so_does_sigterm_twice(data_set: Manifest, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with started(recipe(folder, data_set, train__steps=100_000, optim__warmup_epochs=10)) as process:

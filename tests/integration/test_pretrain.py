@@ -98,6 +98,7 @@ def test_the_loss_curve_does_not_depend_on_the_number_of_workers(
         assert losses(folder) == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_a_restart_and_nothing_else(
     data_set: Manifest, three_workers: Path, tmp_path: Path
 ) -> None:
@@ -116,6 +117,7 @@ def test_a_killed_worker_costs_a_restart_and_nothing_else(
     assert json.loads((folder / "run.json").read_text())["attempts"] == 2
 
 
+@pytest.mark.slow
 def test_a_killed_cluster_is_continued_by_the_same_command(
     undisturbed: Path, data_set: Manifest, tmp_path: Path
 ) -> None:
@@ -133,6 +135,7 @@ def test_a_killed_cluster_is_continued_by_the_same_command(
     assert losses(folder) == losses(undisturbed)
 
 
+@pytest.mark.slow
 def test_colours_by_the_train_workers_give_the_same_curve_also_after_a_kill(
     undisturbed: Path, data_set: Manifest, tmp_path: Path
 ) -> None:
