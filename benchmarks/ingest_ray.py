@@ -60,7 +60,7 @@ class Stream:
     def units_per_block(self) -> int:
         """As the driver of a training computes it."""
         most = min(self.units_per_task, MOST_BLOCK_BYTES // self.unit_bytes)
-        return units_per_block(self.units_per_step, workers=1, most=most)
+        return units_per_block(self.units_per_step, fewest=1, workers=1, most=most)
 
     @property
     def bytes_ahead(self) -> int:

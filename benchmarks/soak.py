@@ -9,9 +9,9 @@ answers are refused, reset, cut, shortened, changed, lost or late; a bit of the 
 commands; some commands run again with another number of workers. What ended is run again until it ends with 0.
 
 Then, for each run: losses of all steps, each once, equal to the twin's in every digit, or within --tolerance where the
-number of workers changed; no lock, no process, no shared memory left; no more steps done again than two intervals of
-checkpoints allow, but where the store was away. A last part, a quarter of the time, is a single life of a driver whose
-workers are killed again and again: neither its memory nor its files nor the number of processes may grow.
+number of workers changed; no lock, no process, no shared memory left. A last part, a quarter of the time, is a single
+life of a driver whose workers are killed again and again: neither its memory nor its files nor the number of processes
+may grow.
 
 Prints what happened and writes benchmarks/results/soak.json; ends with status 1 if a promise was broken.
 """
@@ -56,7 +56,6 @@ MOST_COMMANDS = 40
 """Of one run; one that needs more makes no progress."""
 GROWTH = {"memory_mb": 150, "files": 40, "processes": 2}
 """Of the whole tree of one driver, allowed between the first and the last third of its life."""
-CONTINUING = re.compile(r"continuing from the checkpoint of step (\d+)")
 
 
 @dataclass
@@ -111,7 +110,8 @@ class Soak:
 
     def round(self, number: int) -> Round:
         """One run to its end, and what is wrong with it."""
-        draw, started, on_s3 = self.random, time.monotonic(), number % 2 == 1
+        self.random = draw = random.Random(f"{self.options.seed} {number}")
+        started, on_s3 = time.monotonic(), number % 2 == 1
         folder = self.scratch / f"run-{number}"
         uri = f"s3://train/run-{number}" if on_s3 else str(folder)
         data = "s3://train/data" if draw.random() < 0.7 else str(self.scratch / "data")
@@ -162,7 +162,7 @@ class Soak:
 
     def left_over(self, mark: str, memory: int, this: Round) -> None:
         """Nothing of a command may outlive it for long."""
-        end = time.monotonic() + 60
+        end = time.monotonic() + 120  # Ray's agents look for their raylet now and then
         while (still := marked(mark)) and time.monotonic() < end:
             time.sleep(0.5)
         if still:
@@ -205,6 +205,7 @@ class Soak:
             train__keep_checkpoints=2, train__checkpoint_every=200, train__log_every=50,
         )  # fmt: skip
         samples: list[Sizes] = []
+        memory = faults.shared_memory_bytes()
         kills, end = 0, time.monotonic() + 60 * minutes
         with command(file, mark) as process:
             threading.Thread(target=lambda: list(process.stdout or ()), daemon=True).start()
@@ -220,7 +221,7 @@ class Soak:
             process.send_signal(2)
             code = died if died is not None else process.wait(120)
         this = Round([1], on_s3=False, codes=[code])
-        self.left_over(mark, faults.shared_memory_bytes(), this)
+        self.left_over(mark, memory, this)
         growth, by_title = growth_of(samples)
         this.broken += [f"{name} grew by {by:.0f}" for name, by in growth.items() if by > GROWTH[name]]
         if code != 130:

@@ -1,9 +1,10 @@
 """The plan: which samples step k holds, as pure arithmetic over (manifest, seed).
 
 A unit is exactly R rows that are read together. Epoch e is a permutation of all units; the endless concatenation of
-epochs is cut into steps of U = B / R units, so step k holds units [kU, (k+1)U) whoever reads them. Nothing here
-knows ranks except `share`, which says how a step's units fall on them: unit j goes to rank j mod W, so any W from 1
-to U works, also one that does not divide U, and a resume deals every unit as the undisturbed run would have.
+epochs is cut into steps of U = B / R units, so step k holds units [kU, (k+1)U) whoever reads them. Nothing here knows
+ranks except `share`, which says how a step's units, or blocks of them, fall on them: the j-th goes to rank j mod W, so
+any W from 1 to U works, also one that does not divide U, and a resume deals every unit as the undisturbed run would
+have.
 
 No I/O, no Ray, no clock.
 """
@@ -245,22 +246,24 @@ class Segment:
     padded_stop: int
 
 
-def units_per_block(per_micro_batch: int, *, workers: int, most: int) -> int:
+def units_per_block(per_micro_batch: int, *, fewest: int, workers: int, most: int) -> int:
     """How many consecutive units d are dealt together: the most that change nothing for the slowest of the workers.
 
     Dealing costs Ray the same for a block of any size. d divides the micro-batch, so that each begins with a block;
-    each worker has one in it, and the one that has most has no more than if single units were dealt. With fewer workers
-    than these, as after a lost node, some have up to d units more.
+    each worker has one in it, and the one that has most has no more than if single units were dealt: for every number
+    of workers that an elastic group may come to, for another share is another step time and another memory.
 
     Args:
         per_micro_batch: Units of a micro-batch.
+        fewest: As many workers as there are at least; the same as `workers` where the group is not elastic.
         workers: As many as there should be, W.
         most: A bound, such as what fits in memory.
     """
-    fair = -(-per_micro_batch // workers)
-    for per_block in range(min(most, fair), 1, -1):
+    for per_block in range(min(most, per_micro_batch // workers), 1, -1):
         blocks, rest = divmod(per_micro_batch, per_block)
-        if not rest and blocks >= workers and -(-blocks // workers) * per_block == fair:
+        if not rest and all(
+            -(-blocks // some) * per_block == -(-per_micro_batch // some) for some in range(fewest, workers + 1)
+        ):
             return per_block
     return 1
 

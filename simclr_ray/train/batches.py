@@ -26,8 +26,8 @@ class StepBatch:
     step: int
     """The step this batch is for, counted from 0."""
     views: Tensor
-    """(n, 2, S, S, 3) uint8, finished or, with `views.where: gpu`, crops; n may differ by one unit between ranks and
-    steps."""
+    """(n, 2, S, S, 3) uint8, finished or, with `views.where: gpu`, crops; n may differ by one block of units between
+    ranks and steps."""
     sample_ids: np.ndarray
     """(n,) int64."""
     epochs: np.ndarray

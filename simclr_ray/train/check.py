@@ -156,18 +156,21 @@ def _measure(config: Config, manifest: Manifest) -> Iterator[str | Rates]:
         f"reading: {images} images in {count} units took {requests} requests, {read_s / count:.2f} s a unit one after "
         f"another, {(after.bytes - before.bytes) / _MIB / max(read_s, 1e-9):,.0f} MiB/s"
     )
+    gone = [bool(place) for unit in units for place in unit["lost_id"] >= 0]
     headers = [read_header(data, limits) for data in encoded]
     yield _sizes(encoded, headers)
+    refused = [header for header, lost in zip(headers, gone, strict=True) if isinstance(header, Rejected) and not lost]
     # One in so many is decoded, all are looked into: eight units are eight places of the data set.
-    some = encoded[:: max(1, images // SAMPLES)]
-    refused = [header for header in headers if isinstance(header, Rejected)]
-    bad = [verdict for data in some if isinstance(verdict := decode(data, limits), Rejected)] + refused
-    lost = sum(int((unit["lost_id"] >= 0).sum()) for unit in units)
+    good = [data for data, header in zip(encoded, headers, strict=True) if not isinstance(header, Rejected)]
+    some = good[:: max(1, len(good) // SAMPLES)]
+    broken = [verdict for data in some if isinstance(verdict := decode(data, limits), Rejected)]
+    bad, lost = broken + refused, sum(gone)
     yield (
         f"decoding: {len(some)} images decoded, {images} headers read, {len(bad)} refused{_reasons(bad)}"
         + (f"; {lost} images of shards that cannot be read" if lost else "")
     )
     _refuse_too_many(config, lost + len(refused), images, bad)
+    _refuse_too_many(config, len(broken), len(some), bad)
     stage = ViewStage(policy, config.run.seed, limits, scaled_decode=config.views.scaled_decode)
     views_s, views = _views_cost(stage, units)
     yield (
@@ -230,6 +233,12 @@ def _views_cost(stage: ViewStage, units: Sequence[Columns]) -> tuple[float, np.n
                 made.append(stage.columns(unit)["views"])
             if len(made) == 1:  # what is set up once is not an image's cost
                 started = time.process_time()
+                if unit is units[-1]:
+                    made.append(stage.columns(unit)["views"])
+        if not made:
+            raise DataError(
+                "no image of the first units can be decoded", fix="look at some of them with another program"
+            )
         timed = sum(map(len, made[1:]))
         return (time.process_time() - started) / timed if timed else 0.0, np.concatenate(made)
     finally:

@@ -145,7 +145,8 @@ def unit_bytes(config: Config, derived: Derived) -> int:
 def block_units(config: Config, derived: Derived, workers: int) -> int:
     """Units that the stream deals together, as many as fit a task and memory and leave the workers' shares alone."""
     most = min(config.data.units_per_task, MOST_BLOCK_BYTES // unit_bytes(config, derived))
-    return units_per_block(derived.units_per_micro_batch, workers=workers, most=most)
+    fewest = min(config.cluster.min_workers or workers, workers)
+    return units_per_block(derived.units_per_micro_batch, fewest=fewest, workers=workers, most=most)
 
 
 def bytes_ahead(config: Config, derived: Derived) -> int:

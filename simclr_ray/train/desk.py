@@ -24,6 +24,8 @@ class News:
     """Attempts begun so far, over all lives of the run."""
     nodes: frozenset[str] = frozenset()
     """Ids of the nodes that the ranks of the current attempt run on."""
+    ranks: int = 0
+    """How many they are."""
 
 
 class _Desk:
@@ -36,7 +38,7 @@ class _Desk:
         self._notes: dict[int, Note] = {}
         self._failed: list[tuple[Note, str]] = []
         self._asked, self._stopping = 0, False
-        self._joining, self._needed = False, True
+        self._group, self._needed = "none", True
         self._ended: str | None = None
 
     def begin_attempt(self) -> int:
@@ -44,22 +46,23 @@ class _Desk:
         self._news.attempts += 1
         if self._ended:
             self.say(f"attempt {self._news.attempts}; the one before ended: {self._ended}")
-        self._ended, self._joining = None, False
+        self._ended = None
         return self._news.attempts
 
     def attempts(self) -> int:
         """Attempts begun so far."""
         return self._news.attempts
 
-    def join(self, rank: int, node: str) -> bool:
-        """Say where a rank runs; the first thing that each rank of an attempt says.
+    def join(self, rank: int, node: str, group: str) -> bool:
+        """Say where a rank runs, and in which group of workers; the first thing that each rank of an attempt says.
 
         Returns:
             Whether to train at all, the same for all ranks of the attempt: not after an error that every restart would
             meet again, nor where a stop was asked for while there was no group to hear it.
         """
-        if not self._joining:
-            self._joining, self._ended, self._nodes = True, self.why_it_ended(), {}
+        if group != self._group:
+            self._group, self._nodes = group, {}
+            self._ended = self.why_it_ended() or self._ended
             self._needed = self._fatal is None and not self._stopping
         self._nodes[rank] = node
         return self._needed
@@ -89,6 +92,10 @@ class _Desk:
         """Have all ranks save and end at their next step."""
         self._stopping = True
 
+    def stopping(self) -> bool:
+        """Whether a stop was asked for."""
+        return self._stopping
+
     def post(self, record: Record) -> None:
         """Leave a record for the console."""
         self._news.records.append(record)
@@ -116,7 +123,7 @@ class _Desk:
     def collect(self) -> News:
         """Take the news away."""
         news, self._news = self._news, News(attempts=self._news.attempts)
-        news.nodes = frozenset(self._nodes.values())
+        news.nodes, news.ranks = frozenset(self._nodes.values()), len(self._nodes)
         return news
 
 

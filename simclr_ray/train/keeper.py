@@ -26,6 +26,7 @@ from simclr_ray.observe.console import Console
 from simclr_ray.observe.metrics import Recorder
 from simclr_ray.train.cluster import draining_nodes
 from simclr_ray.train.desk import News
+from simclr_ray.train.elastic import Room
 from simclr_ray.train.gauges import ray_gauges
 from simclr_ray.train.lock import RunLock
 from simclr_ray.train.run import RunFolder, read_quarantine, write_quarantine
@@ -43,13 +44,14 @@ class Keeper:
     """Reads the desk: shows records, keeps the quarantine and the count of attempts in the run folder."""
 
     def __init__(
-        self, run: RunFolder, desk: Any, console: Console, lock: RunLock, manifest: Manifest, limits: Limits, asked: str
-    ) -> None:
+        self, run: RunFolder, desk: Any, console: Console, lock: RunLock, manifest: Manifest, limits: Limits,
+        room: Room, asked: str,
+    ) -> None:  # fmt: skip
         """Prepare; `asked` says in words what was asked of Ray."""
-        self._asked = asked
+        self._asked, self._room = asked, room
         self._run, self._desk, self._console, self._lock = run, desk, console, lock
         self._quarantine = Quarantine(manifest, limits, read_quarantine(run))
-        self._scribe = Scribe(console.say)
+        self._scribe = Scribe(console.say, allowed=lambda: not lock.lost)
         self._recorder = Recorder([ray_gauges(run.uri)])
         self._written = -math.inf
         self._drained: set[str] = set()
@@ -70,6 +72,7 @@ class Keeper:
 
         Raises:
             ConfigError: another driver has taken the run folder.
+            ClusterError: the workers have left the stream no CPU for too long.
         """
         if self._lock.lost:
             raise ConfigError(
@@ -93,9 +96,13 @@ class Keeper:
         self._quarantine.add(news.rejected)
         self._write_quarantine()
         self._look_for_drains(news.nodes)
+        if news.ranks:
+            self._room.look(news.ranks)
 
     def close(self, status: str) -> None:
-        """Write how the run ended; a store that is down must not hide why."""
+        """Write how the run ended; a store that is down must not hide why. What another driver holds is left alone."""
+        if self._lock.lost:
+            return
         try:
             self._run.update(status=status, attempts=self.attempts)
         except StorageError as error:
@@ -149,8 +156,9 @@ class Scribe:
     Of several versions of a file only the newest is written; one that fails is tried again, and told once.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
+    def __init__(self, say: Callable[[str], None], *, allowed: Callable[[], bool] = lambda: True) -> None:
+        """Nothing is written while it is not `allowed`."""
+        self._say, self._allowed = say, allowed
         self._todo: dict[str, Callable[[], object]] = {}
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -179,7 +187,8 @@ class Scribe:
                 name = next(iter(self._todo))
                 write = self._todo.pop(name)
             try:
-                write()
+                if self._allowed():
+                    write()
                 told = False
             except StorageError as error:
                 if not told:

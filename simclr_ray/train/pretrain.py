@@ -46,7 +46,7 @@ from simclr_ray.train.derive import (
     shares,
 )
 from simclr_ray.train.desk import Desk
-from simclr_ray.train.elastic import PretrainTrainer
+from simclr_ray.train.elastic import PretrainTrainer, Room
 from simclr_ray.train.keeper import Keeper, graceful_stop
 from simclr_ray.train.lock import RunLock, hold
 from simclr_ray.train.planes import planes_of
@@ -202,13 +202,16 @@ def _run(setup: _Setup) -> RunResult:
     run = setup.run
     desk = beside_the_driver(Desk).remote((run.info() or {}).get("attempts", 0))
     run.update(status="running", workers=setup.workers)
-    keeper = Keeper(run, desk, setup.console, setup.lock, setup.manifest, limits_of(setup.config.data), _asked(setup))
+    room = Room(setup.config.cluster, setup.console.say)
+    keeper = Keeper(
+        run, desk, setup.console, setup.lock, setup.manifest, limits_of(setup.config.data), room, _asked(setup)
+    )
     status = "failed"
     try:
         with setup.console, graceful_stop(keeper.stop):
             while (error := _fit(setup, desk, keeper)) is not None:
                 _roll_back(setup, desk, error)
-        status = "interrupted" if keeper.stopping else "finished"
+        status = "interrupted" if keeper.stopping and not _is_done(setup) else "finished"
     except KeyboardInterrupt:
         status = "interrupted"
         raise
@@ -217,10 +220,15 @@ def _run(setup: _Setup) -> RunResult:
         keeper.close(status)
     if rejected:
         setup.console.say(f"images that could not be used: {rejected}; all in {run.path('quarantine.parquet')}")
-    if keeper.stopping:
+    if status == "interrupted":
         setup.console.say("interrupted; run the same command again to continue from the newest checkpoint")
         raise KeyboardInterrupt
     return RunResult(run.uri, setup.derived.total_steps, keeper.last)
+
+
+def _is_done(setup: _Setup) -> bool:
+    """Whether the last step's checkpoint is there: a stop may come too late to interrupt anything."""
+    return max(ckpt.committed_steps(setup.run.checkpoints), default=0) >= setup.derived.total_steps
 
 
 def _asked(setup: _Setup) -> str:
@@ -256,15 +264,19 @@ def _fit(setup: _Setup, desk: Any, keeper: Keeper) -> NonFiniteStepError | None:
         keeper.look()
     keeper.look()
     error, fatal = outcome[0], ray.get(desk.fatal.remote())
-    if isinstance(fatal, NonFiniteStepError) and setup.config.train.on_nonfinite == "rollback":
+    if isinstance(fatal, NonFiniteStepError) and setup.config.train.on_nonfinite == "rollback" and not keeper.stopping:
         return fatal
-    if (error is not None or fatal is not None) and not keeper.stopping:
-        if isinstance(fatal, TooManyRejectedError):
-            fatal = TooManyRejectedError(
-                fatal.what, where=fatal.where, got=keeper.reasons(), expected=fatal.expected, fix=fatal.fix
-            )
-        raise _explain(error, fatal, setup.config, ray.get(desk.why_it_ended.remote())) from error
-    return None
+    if isinstance(fatal, TooManyRejectedError):
+        fatal = TooManyRejectedError(
+            fatal.what, where=fatal.where, got=keeper.reasons(), expected=fatal.expected, fix=fatal.fix
+        )
+    if fatal is None and error is None:
+        return None
+    explained = _explain(error, fatal, setup, ray.get(desk.why_it_ended.remote()))
+    if fatal is None and keeper.stopping:
+        setup.console.say(f"ended without a last checkpoint: {explained.what}")
+        return None
+    raise explained from error
 
 
 def _roll_back(setup: _Setup, desk: Any, error: NonFiniteStepError) -> None:
@@ -341,7 +353,7 @@ def _trainer(setup: _Setup, desk: Any) -> PretrainTrainer:
     )
 
 
-def _explain(error: BaseException | None, fatal: SimclrError | None, config: Config, ended: str | None) -> SimclrError:
+def _explain(error: BaseException | None, fatal: SimclrError | None, setup: _Setup, ended: str | None) -> SimclrError:
     """The user's error behind what Ray raised, or a sentence about Ray's own."""
     cause = fatal or root_cause(error)
     if cause is not None:
@@ -350,6 +362,6 @@ def _explain(error: BaseException | None, fatal: SimclrError | None, config: Con
     return ClusterError(
         f"training stopped: {ended or (lines[-1] if lines else type(error).__name__)}",
         where="Ray Train",
-        expected=f"at most {config.cluster.max_failures} restarts (cluster.max_failures)",
+        expected=f"at most {setup.config.cluster.max_failures} restarts (cluster.max_failures)",
         fix="run the same command again to continue from the newest checkpoint; Ray's logs are in its session folder",
     )

@@ -16,6 +16,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -73,6 +74,9 @@ FREE = (
 BEFORE = {"views.scaled_decode": False}
 
 
+_UPDATING = threading.Lock()
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Paths of a run."""
@@ -102,8 +106,9 @@ class RunFolder:
 
     def update(self, **changes: Any) -> None:
         """Change fields of `run.json`."""
-        info = (self.info() or {}) | changes
-        storage.write_bytes(self.path("run.json"), json.dumps(info, indent=1).encode())
+        with _UPDATING:  # the driver and its scribe, a thread, change fields of their own
+            info = (self.info() or {}) | changes
+            storage.write_bytes(self.path("run.json"), json.dumps(info, indent=1).encode())
 
 
 def identity(config: Config, manifest_fingerprint: str) -> dict[str, Any]:

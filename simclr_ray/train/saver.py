@@ -133,6 +133,7 @@ class Saver:
             self._begin(checkpoint, first)
 
     def _begin(self, checkpoint: ckpt.Checkpoint, first: Callable[[], None]) -> None:
+        self._was_asked = self._asked.is_set()
         self._asked.clear()
         self._began = time.monotonic()
         self._writing = threading.Thread(target=self._write, args=(checkpoint, first), name="saver", daemon=True)
@@ -176,6 +177,8 @@ class Saver:
             return
         if not isinstance(error, SimclrError):
             raise error
+        if self._was_asked:
+            self._asked.set()  # within a node's grace there is time for another try
         self._failures += 1
         age = time.monotonic() - self._newest
         if self._failures < self._max_failures:

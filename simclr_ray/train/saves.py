@@ -26,7 +26,7 @@ class Saves:
         self, folder: str, config: TrainConfig, last_step: int, desk: Any, *, rank: int, device: torch.device
     ) -> None:
         self._verdict = torch.zeros(1, dtype=torch.int32, device=device)
-        self._heard = 0
+        self._heard: int | None = None
         self._saver = None
         if rank == 0:
             self._saver = Saver(
@@ -49,9 +49,9 @@ class Saves:
         asked, stopping = answer
         if self._saver is None:
             return
-        if asked > self._heard:
-            self._heard = asked
+        if self._heard is not None and asked > self._heard:  # what was asked for before this attempt is over
             self._saver.ask()
+        self._heard = asked
         if stopping:
             self._saver.stop()
 

@@ -81,7 +81,7 @@ class StepLog:
         self._rejected: list[tuple[int, int, int]] = []
         self._animated = 0
         self.rejected_total, self.animated_total = start.rejected_total, start.animated_total
-        self._window: list[tuple[int, int]] = []  # (samples, rejected) of each record
+        self._window = [_window_before(start, config)]  # (samples, rejected) of each record
         self._warned = self._collapsed = False
         self._stall_s: float | None = None
         self._written_s: float | None = None
@@ -208,20 +208,29 @@ class StepLog:
             self._rejected.clear()
 
     def _refuse_rejected(self, samples: int, rejected: int) -> None:
-        """Stop when too much of the newest window could not be used; every rank has the same counts."""
+        """Stop when too much of the newest window could not be used; every rank has the same counts.
+
+        Before a window is full, once so many are lost that no other image of it could make up for them.
+        """
         data = self._config.data
         self._window.append((samples, rejected))
         while len(self._window) > 1 and sum(n for n, _ in self._window[1:]) >= data.rejected_window:
             self._window.pop(0)
         seen, bad = (sum(column) for column in zip(*self._window, strict=True))
-        full = seen >= min(data.rejected_window, self._derived.samples)
-        if full and bad > data.max_rejected_fraction * seen:
+        if bad > data.max_rejected_fraction * max(seen, min(data.rejected_window, self._derived.samples)):
             raise TooManyRejectedError(
                 f"{bad} of the last {seen} images could not be used",
                 where=data.train,
                 expected=f"at most {data.max_rejected_fraction:.2%} (data.max_rejected_fraction)",
                 fix=f"see the reasons in {self._run.path('quarantine.parquet')}",
             )
+
+
+def _window_before(start: Position, config: Config) -> tuple[int, int]:
+    """Samples and rejected ones that the attempts before leave in the window: of a longer past, its average."""
+    seen = start.step * config.train.global_batch
+    kept = min(seen, config.data.rejected_window)
+    return kept, round(start.rejected_total * kept / seen) if seen else 0
 
 
 class _MetricsFile:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -37,7 +38,6 @@ from simclr_ray.train.batches import Shares, StepBatch, step_batches
 from simclr_ray.train.cluster import usable_cores
 from simclr_ray.train.derive import Derived, policy_of
 from simclr_ray.train.device import ViewsOnDevice
-from simclr_ray.train.elastic import wait_for_room
 from simclr_ray.train.memory import out_of_memory
 from simclr_ray.train.pulse import EVERY_S, RANK_0_EVERY_S, Pulse
 from simclr_ray.train.run import RunFolder
@@ -73,7 +73,9 @@ def train_worker(loop_config: dict[str, Any]) -> None:
     """Train on this rank until the last step. Ray Train calls this on every rank of every attempt."""
     order: WorkerOrder = loop_config["order"]
     rank = ray.train.get_context().get_world_rank()
-    if not ray.get(order.desk.join.remote(rank, ray.get_runtime_context().get_node_id())):
+    here = ray.get_runtime_context()
+    group = here.get_placement_group_id() or ""
+    if not ray.get(order.desk.join.remote(rank, here.get_node_id(), group)):
         return  # a restart of Ray's that is not wanted any more; the driver knows why
     with Pulse(rank, order.desk) as pulse, _reported(order, pulse):
         _train(order, pulse)
@@ -90,8 +92,7 @@ def _train(order: WorkerOrder, pulse: Pulse) -> None:
         config.optim.name, model, weight_decay=config.optim.weight_decay, momentum=config.optim.momentum
     )
     start = _restore(order, model, optimizer)
-    if rank == 0:
-        wait_for_room(config.cluster, world_size)
+    first_step = next(step for step in itertools.count(start.step) if step not in order.left_out)
     attempt = _next_attempt(order.desk, rank)
     autocast, policy = autocast_of(config.train.precision, device), policy_of(config.views)
     step_log = StepLog(config, derived, order.run, order.desk, rank=rank, device=device, attempt=attempt, start=start)
@@ -121,7 +122,7 @@ def _train(order: WorkerOrder, pulse: Pulse) -> None:
                 optimizer,
                 micro_batches,
                 encode=encode,
-                loss_of=_loss(config, batch, first=batch.step == start.step)
+                loss_of=_loss(config, batch, first=batch.step == first_step)
                 if teacher is None
                 else loss_from_teacher(config, labels, batch.sample_ids),
                 learning_rate=_learning_rate(order, batch.step),
@@ -145,7 +146,7 @@ def _train(order: WorkerOrder, pulse: Pulse) -> None:
                 if batch.step not in order.left_out:
                     step(batch, ready.arrived())
                 done = batch.step + 1
-                if batch.step == start.step:  # what takes long once is behind: now, a silent rank is a lost one
+                if batch.step == first_step:  # what takes long once is behind: now, a silent rank is a lost one
                     dist.set_timeout(timedelta(seconds=config.cluster.collective_timeout_s))
                 verdict = saves.agree(done)
                 pulse.at(batch.step, "record")

@@ -32,17 +32,16 @@ def on_two_nodes(file: Path, event: str, after_step: int) -> tuple[dict[str, Any
     return json.loads(told[-1]), done.stdout
 
 
-@pytest.fixture(scope="module")
-def undisturbed(data_set: Manifest, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
-    folder = tmp_path_factory.mktemp("twin") / "run"
-    code, output = commands.run(recipe(folder, data_set))
+def twin(folder: Path, data_set: Manifest, steps: int) -> dict[int, float]:
+    code, output = commands.run(recipe(folder, data_set, train__steps=steps))
     assert code == 0, output
     return losses(folder)
 
 
 def test_row_35_a_lost_node_costs_a_restart_with_fewer_workers_and_no_sample(
-    undisturbed: dict[int, float], data_set: Manifest, tmp_path: Path
+    data_set: Manifest, tmp_path: Path
 ) -> None:
+    undisturbed = twin(tmp_path / "twin", data_set, STEPS)
     folder = tmp_path / "run"
     file = recipe(folder, data_set, cluster__workers=2, cluster__min_workers=1)
     happened, output = on_two_nodes(file, "kill", 12)
@@ -54,9 +53,10 @@ def test_row_35_a_lost_node_costs_a_restart_with_fewer_workers_and_no_sample(
 
 
 def test_row_36_a_notice_brings_a_checkpoint_before_the_node_goes_and_costs_no_failure(
-    undisturbed: dict[int, float], data_set: Manifest, tmp_path: Path
+    data_set: Manifest, tmp_path: Path
 ) -> None:
     """With no failure allowed: the loss of a node with notice is not counted as one."""
+    undisturbed = twin(tmp_path / "twin", data_set, 200)
     folder = tmp_path / "run"
     file = recipe(
         folder, data_set, cluster__workers=2, cluster__min_workers=1, cluster__max_failures=0, train__steps=200,
@@ -66,6 +66,4 @@ def test_row_36_a_notice_brings_a_checkpoint_before_the_node_goes_and_costs_no_f
     assert "about to go; saving a checkpoint" in output
     found = losses(folder)
     assert sorted(found) == list(range(1, 201))
-    assert {step: found[step] for step in range(1, 4)} == pytest.approx(
-        {step: undisturbed[step] for step in range(1, 4)}, rel=1e-3
-    )
+    assert found == pytest.approx(undisturbed, rel=5e-3)

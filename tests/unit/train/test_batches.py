@@ -30,22 +30,23 @@ def test_micro_batches_hold_the_same_units_for_any_number_of_ranks(blocks, per_b
     assert held == [set(range(first + p * per_micro, first + (p + 1) * per_micro)) for p in range(pieces)]
 
 
-@given(st.integers(1, 96), st.integers(1, 16), st.integers(1, 16))
-def test_units_are_dealt_together_where_no_worker_has_more_to_do_for_it(per_micro, workers, most):
+@given(st.integers(1, 96), st.integers(1, 16), st.integers(0, 15), st.integers(1, 16))
+def test_units_are_dealt_together_where_no_worker_has_more_to_do_for_it(per_micro, fewest, more, most):
+    workers = fewest + more
     if workers > per_micro:
         return
-    per_block = units_per_block(per_micro, workers=workers, most=most)
+    per_block = units_per_block(per_micro, fewest=fewest, workers=workers, most=most)
     assert 1 <= per_block <= most
     assert per_micro % per_block == 0
 
-    def images(per_block: int) -> list[int]:
-        of_ranks = [Shares(rank, workers, per_micro, per_micro, 1, 100, 2, per_block) for rank in range(workers)]
-        return [shares.images_by_rank(0)[rank] for rank, shares in enumerate(of_ranks)]
+    def images(per_block: int, some: int) -> tuple[int, ...]:
+        return Shares(0, some, per_micro, per_micro, 1, 100, 2, per_block).images_by_rank(0)
 
-    assert sum(images(per_block)) == per_micro
-    assert min(images(per_block)) > 0
-    assert max(images(per_block)) == max(images(1))
-    if per_micro % workers == 0:  # then what divides a share is a way, and the largest is taken
+    for some in range(fewest, workers + 1):
+        assert sum(images(per_block, some)) == per_micro
+        assert min(images(per_block, some)) > 0
+        assert max(images(per_block, some)) == max(images(1, some))
+    if per_micro % workers == 0 and not more:  # then what divides a share is a way, and the largest is taken
         share = per_micro // workers
         assert per_block == max(d for d in range(1, min(most, share) + 1) if share % d == 0)
 
