@@ -84,6 +84,20 @@ def test_more_bad_images_than_the_limit_are_found_before_the_run(
     assert main(["check", str(file), "--set", "data.max_rejected_fraction=0.3"]) == 0
 
 
+@pytest.mark.parametrize("every", [1, 3])
+def test_images_that_break_when_decoded_are_found_before_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], every: int
+) -> None:
+    """Their headers are good; all of them, or a third."""
+    rows = [
+        ImageRow(row.image[: len(row.image) * 2 // 3], row.label, row.uri) if i % every == 0 else row
+        for i, row in enumerate(real_rows(400))
+    ]
+    data_set = make_data_set(tmp_path / "data", rows)
+    assert main(["check", str(recipe(tmp_path / "run", data_set))]) == 3
+    assert re.search(r"\d+ of 64 images cannot be used", capsys.readouterr().err)
+
+
 def test_what_a_run_would_take_is_arithmetic(data_set: Manifest) -> None:
     config = load_config({"train": {"global_batch": 64, "steps": 1000}, "optim": {"warmup_epochs": 1}})
     lines = list(expected(config, derive(config, data_set), Rates(1000.0, 0.5, 0.009, 0.018), cores=2))
