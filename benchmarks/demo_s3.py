@@ -45,7 +45,7 @@ def settings(data: str, run: str, steps: int) -> list[str]:
     """The demo's recipe on some data and for so many steps."""
     changes = {
         "data.train": data, "run.folder": run, "train.epochs": "null", "train.steps": steps, "train.log_every": 1,
-        "train.checkpoint_every": CHECKPOINT_EVERY, "optim.warmup_epochs": 0.2,
+        "train.checkpoint_every": CHECKPOINT_EVERY, "optim.warmup_epochs": 0.2, "data.steps_ahead": 8,
     }  # fmt: skip
     return [str(RECIPE), *(part for key, value in changes.items() for part in ("--set", f"{key}={value}"))]
 
