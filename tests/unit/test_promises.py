@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).parents[2]
+RESULTS = ("soak", "recovery")
 PAGE = (ROOT / "docs" / "promises.md").read_text()
 WITHOUT: set[int] = set()
 """Faults that the page says are not tried."""
@@ -39,3 +42,26 @@ def test_every_promise_names_faults_of_the_table() -> None:
     assert len(promises) == 9
     for faults in promises:
         assert {int(number) for number in faults.split(",")} <= set(table())
+
+
+def test_what_was_measured_is_as_recorded() -> None:
+    soak, recovery = (json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()) for name in RESULTS)
+    text = " ".join(PAGE.split())
+    growth, ours, bare = (
+        soak["long_life"]["growth"],
+        recovery["worker"]["ours"],
+        recovery["worker"]["ray_train_alone_s"],
+    )
+    node, saved = recovery["node"], recovery["checkpoint_resnet50"]
+    for words in (
+        f"{soak['runs']} runs, {soak['commands']} commands, {soak['attempts']} attempts under random faults",
+        f"{soak['equal_in_every_digit']} losses equal in every digit",
+        f"killed {soak['long_life']['kills']} times in {soak['long_life']['minutes']:.0f} minutes",
+        f"{growth['memory_mb']:+.0f} MB, open files {growth['files']:+.0f}, processes {growth['processes']:+.0f}",
+        f"to the next step {median(one['next_step_s'] for one in ours):.1f} s",
+        f"back after {median(bare):.1f} s",
+        f"{median(node['ours_s']):.1f} s ({median(node['ray_train_alone_s']):.1f} s)",
+        f"checkpoint of {saved['MB']:.0f} MB the steps stand still for {1000 * saved['stall_s']:.0f} ms",
+        f"written in {saved['write_s']:.1f} s",
+    ):
+        assert words in text, words
