@@ -5,7 +5,7 @@
 Packs the images that come with this repository twice, onto a local disk and into a bucket of a real S3 server
 (SeaweedFS) on this machine; trains on both, data and run folder on the bucket the second time; kills the server with
 SIGKILL in the middle of that, starts it again after a while; and compares every loss. Ends with status 1 if one
-differs. Writes benchmarks/results/demo_s3.json.
+differs. Writes benchmarks/results/demo_s3.json; demo_s3.txt beside it is what a run printed.
 """
 
 from __future__ import annotations
