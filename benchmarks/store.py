@@ -1,10 +1,12 @@
 """Claim: images stream from an object store nearly as fast as from a local disk, in few requests.
 
-    python benchmarks/store.py [--part read listing] [--photos DIR] [--quick]
+    python benchmarks/store.py [--part read layouts listing] [--photos DIR] [--quick]
 
 read     the same shards of photo crops (500 x 375, 40 kB) on a local disk and on a real S3 server (SeaweedFS) on this
          machine: units through the views' stage by one process, in turns; requests and bytes an image; time to the
          first unit; and with every answer of the server delayed, as by a network
+layouts  the same crops in the bucket as canonical shards, tars, Parquet of others and loose objects: requests and bytes
+         of a first reading, footers included, an image
 listing  `simclr-ray index`'s listing of 500 to 50,000 objects, in folders of 5 to 5,000: seconds and requests against
          both, beside the law of data/listing.py: about four requests a folder, and one for each further 1,000 objects
 
@@ -25,17 +27,19 @@ from statistics import median
 from typing import Any
 
 import torch
-from ingest_data import pack_crops
+from ingest_data import CASE, pack_crops
 from machine import write_part
-from views_photos import find_photos
+from views_photos import encoded_crops, find_photos
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from store_layouts import layouts  # noqa: E402
+
 from simclr_ray import storage  # noqa: E402
 from simclr_ray.data.decode import Limits  # noqa: E402
 from simclr_ray.data.listing import list_folder  # noqa: E402
-from simclr_ray.data.manifest import Manifest, read_manifest  # noqa: E402
+from simclr_ray.data.manifest import UNIT_ROWS, Manifest, read_manifest  # noqa: E402
 from simclr_ray.data.plan import Plan, UnitTable  # noqa: E402
 from simclr_ray.data.units import plan_tasks, read_task  # noqa: E402
 from simclr_ray.views.policy import preset  # noqa: E402
@@ -46,6 +50,7 @@ from tests.servers.seaweed import Seaweed  # noqa: E402
 FILE = ROOT / "benchmarks/results/store.json"
 DELAY_S = 0.05
 UNITS_PER_TASK = 8
+PARTS = ("read", "layouts", "listing")
 
 
 def units_per_s(manifest: Manifest, units: int, stage: ViewStage) -> dict[str, float]:
@@ -99,6 +104,33 @@ def read(server: Seaweed, scratch: Path, args: argparse.Namespace) -> dict[str, 
     return result
 
 
+def each_layout(server: Seaweed, _: Path, args: argparse.Namespace) -> dict[str, Any]:
+    storage.configure(storage.StorageSettings(endpoint=server.endpoint))
+    crops = encoded_crops(find_photos(args.photos), CASE, (4 if args.quick else 16) * UNIT_ROWS)
+    mean = sum(map(len, crops)) / len(crops)
+    result = {}
+    print(f"\n{len(crops)} images of {mean:,.0f} bytes, each layout read once")
+    print(f"  {'':<26}{'requests/image':>16}{'bytes/image':>13}{'of stored':>11}")
+    for name, manifest in layouts("s3://bench/layouts", crops):
+        before, units = storage.counters(), UnitTable(manifest).num_units
+        images = sum(
+            len(table)
+            for task in plan_tasks(manifest, Plan(UnitTable(manifest), 1), 0, units, UNITS_PER_TASK)
+            for table in read_task(task)
+        )
+        after = storage.counters()
+        assert images == len(crops), (name, images)
+        one = {
+            "requests_an_image": (after.requests - before.requests) / images,
+            "bytes_an_image": (after.bytes - before.bytes) / images,
+        }
+        one["read_per_stored"] = one["bytes_an_image"] / mean
+        print(f"  {name:<26}{one['requests_an_image']:>16.4f}{one['bytes_an_image']:>13,.0f}", end="")
+        print(f"{one['read_per_stored']:>11.2f}", flush=True)
+        result[name] = one
+    return result
+
+
 def put(folder: str, count: int, folders: int) -> None:
     """Small objects in folders, so that a listing can fan out."""
     names = (f"{folder}/{i % folders:02d}/{i:06d}.jpg" for i in range(count))
@@ -129,7 +161,7 @@ def listing(server: Seaweed, scratch: Path, args: argparse.Namespace) -> list[di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", nargs="*", choices=("read", "listing"), default=("read", "listing"))
+    parser.add_argument("--part", nargs="*", choices=PARTS, default=PARTS)
     parser.add_argument("--photos", type=Path)
     parser.add_argument("--quick", action="store_true", help="small and unrecorded")
     args = parser.parse_args()
@@ -139,9 +171,11 @@ def main() -> None:
         server.start()
         try:
             for part in args.part:
-                result: Any = {"read": read, "listing": listing}[part](server, Path(scratch), args)
+                result: Any = {"read": read, "layouts": each_layout, "listing": listing}[part](
+                    server, Path(scratch), args
+                )
                 if not args.quick:
-                    write_part(part, result, FILE, ("read", "listing"))
+                    write_part(part, result, FILE, PARTS)
         finally:
             server.stop()
 
