@@ -82,6 +82,14 @@ def test_the_stream_and_training_are_as_measured() -> None:
         assert words in text, words
 
 
+def test_the_layouts_of_a_bucket_are_as_measured() -> None:
+    measured = json.loads((ROOT / "benchmarks/results/store.json").read_text())["layouts"]
+    names = ("canonical shards", "WebDataset tars", "Parquet, row groups of 100", "an object an image")
+    for name, one in zip(names, measured.values(), strict=True):
+        row = f"| {name} | {one['requests_an_image']:.3f} | {one['read_per_stored']:.2f} |"
+        assert row in README, row
+
+
 def rate(runs: list[dict[str, float]]) -> float:
     """Images a second over several runs."""
     return sum(run["images"] for run in runs) / sum(run["wall_s"] for run in runs)
