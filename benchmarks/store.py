@@ -8,7 +8,8 @@ read     the same shards of photo crops (500 x 375, 40 kB) on a local disk and o
 layouts  the same crops in the bucket as canonical shards, tars, Parquet of others and loose objects: requests and bytes
          of a first reading, footers included, an image
 listing  `simclr-ray index`'s listing of 500 to 50,000 objects, in folders of 5 to 5,000: seconds and requests against
-         both, beside the law of data/listing.py: about four requests a folder, and one for each further 1,000 objects
+         both, beside the law of data/listing.py: about four requests a job, and one for each further 1,000 objects; a
+         folder is a job, but what fits into one page is one job
 
 Server and reader share the machine's cores, so the ratio is a floor: what the server takes is counted against S3.
 Writes benchmarks/results/store.json.
@@ -38,7 +39,7 @@ from store_layouts import layouts  # noqa: E402
 
 from simclr_ray import storage  # noqa: E402
 from simclr_ray.data.decode import Limits  # noqa: E402
-from simclr_ray.data.listing import list_folder  # noqa: E402
+from simclr_ray.data.listing import PAGE, list_folder  # noqa: E402
 from simclr_ray.data.manifest import UNIT_ROWS, Manifest, read_manifest  # noqa: E402
 from simclr_ray.data.plan import Plan, UnitTable  # noqa: E402
 from simclr_ray.data.units import plan_tasks, read_task  # noqa: E402
@@ -150,7 +151,8 @@ def listing(server: Seaweed, scratch: Path, args: argparse.Namespace) -> list[di
         found = list_folder(folder, str(scratch / f"listing-{count}"))
         seconds, requests = time.monotonic() - started, storage.counters().requests - before.requests
         assert found is not None
-        law = folders * (3 + -(-count // (1000 * folders)))
+        jobs = folders if count >= PAGE else 1
+        law = jobs * (3 + -(-count // (PAGE * jobs)))
         case = {"objects": count, "folders": folders, "seconds": seconds, "requests": requests, "law": law}
         result.append(case)
         print(
