@@ -221,7 +221,7 @@ def _run(setup: _Setup) -> RunResult:
     if rejected:
         setup.console.say(f"images that could not be used: {rejected}; all in {run.path('quarantine.parquet')}")
     if status == "interrupted":
-        setup.console.say("interrupted; run the same command again to continue from the newest checkpoint")
+        setup.console.say(f"interrupted; run the same command again to continue from {_newest(setup.run)}")
         raise KeyboardInterrupt
     return RunResult(run.uri, setup.derived.total_steps, keeper.last)
 
@@ -363,5 +363,14 @@ def _explain(error: BaseException | None, fatal: SimclrError | None, setup: _Set
         f"training stopped: {ended or (lines[-1] if lines else type(error).__name__)}",
         where="Ray Train",
         expected=f"at most {setup.config.cluster.max_failures} restarts (cluster.max_failures)",
-        fix="run the same command again to continue from the newest checkpoint; Ray's logs are in its session folder",
+        fix=f"run the same command again to continue from {_newest(setup.run)}; Ray's logs are in its session folder",
     )
+
+
+def _newest(run: RunFolder) -> str:
+    """Where the same command would go on, as far as the store can still tell."""
+    try:
+        steps = ckpt.committed_steps(run.checkpoints)
+    except SimclrError:
+        return "the newest checkpoint"
+    return f"the checkpoint of step {max(steps):,}" if steps else "the beginning, for there is no checkpoint yet"

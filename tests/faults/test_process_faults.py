@@ -98,6 +98,7 @@ def test_row_38_ctrl_c_saves_and_ends_and_the_same_command_goes_on(
     assert info(folder)["status"] == "interrupted"
     assert len(committed(folder)) == 1
     assert committed(folder)[0] == steps_done(folder)
+    assert f"to continue from the checkpoint of step {steps_done(folder)}" in output
     assert not (folder / "lock.json").exists()
     code, output = commands.run(file)
     assert code == 0, output
@@ -254,6 +255,10 @@ def test_a_lost_actor_of_the_driver_ends_with_a_sentence_and_the_same_command_go
     assert process.returncode == 5, output
     assert "Traceback" not in output
     assert "run the same command again" in output
+    if actor == "TrainController":  # the desk takes with it what would tell why the rest ended
+        step = max(committed(folder), default=None)
+        whence = "the beginning" if step is None else f"the checkpoint of step {step}"
+        assert f"to continue from {whence}" in output
     code, output = commands.run(file)
     assert code == 0, output
     assert losses(folder) == undisturbed
