@@ -1,4 +1,4 @@
-"""Whole trainings on a real local Ray: the same curve for 1, 2 and 3 workers, and after kills."""
+"""Whole trainings on a real local Ray: the same curve for 1, 2, 3 and 4 workers, and after kills."""
 
 from __future__ import annotations
 
@@ -96,6 +96,13 @@ def test_the_loss_curve_does_not_depend_on_the_number_of_workers(
     for folder in (tmp_path / "two", three_workers):
         assert losses(folder)[:10] == pytest.approx(expected[:10], rel=1e-5)
         assert losses(folder) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_four_workers_give_the_same_curve(undisturbed: Path, data_set: Manifest, tmp_path: Path) -> None:
+    pretrain(settings(tmp_path / "four", data_set, cluster__workers=4))
+    assert losses(tmp_path / "four")[:10] == pytest.approx(losses(undisturbed)[:10], rel=1e-5)
+    assert losses(tmp_path / "four") == pytest.approx(losses(undisturbed), rel=1e-3)
 
 
 @pytest.mark.slow
