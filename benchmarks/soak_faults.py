@@ -62,7 +62,7 @@ def title(process: psutil.Process) -> str:
     for name in (*CONTROL_PLANE, "dashboard", "log_monitor", "runtime_env", "monitor.py"):
         if name in words:
             return name
-    return command[0].split("(")[0][:40] if command else "?"
+    return Path(command[0].split("(")[0]).name[:40] if command else "?"
 
 
 def train_workers(mark: str) -> list[psutil.Process]:

@@ -2,7 +2,7 @@
 
     python benchmarks/store.py [--part read layouts listing] [--photos DIR] [--quick]
 
-read     the same shards of photo crops (500 x 375, 40 kB) on a local disk and on a real S3 server (SeaweedFS) on this
+read     the same shards of photo crops (500 x 375, 30 kB) on a local disk and on a real S3 server (SeaweedFS) on this
          machine: units through the views' stage by one process, in turns; requests and bytes an image; time to the
          first unit; and with every answer of the server delayed, as by a network
 layouts  the same crops in the bucket as canonical shards, tars, Parquet of others and loose objects: requests and bytes
@@ -22,29 +22,33 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import pyarrow as pa
 import torch
-from ingest_data import CASE, pack_crops
+from ingest_data import CASE, write_crops
 from machine import write_part
 from views_photos import encoded_crops, find_photos
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from store_layouts import layouts  # noqa: E402
-
 from simclr_ray import storage  # noqa: E402
+from simclr_ray.api import index  # noqa: E402
 from simclr_ray.data.decode import Limits  # noqa: E402
 from simclr_ray.data.listing import PAGE, list_folder  # noqa: E402
-from simclr_ray.data.manifest import UNIT_ROWS, Manifest, read_manifest  # noqa: E402
+from simclr_ray.data.manifest import UNIT_ROWS, Manifest  # noqa: E402
 from simclr_ray.data.plan import Plan, UnitTable  # noqa: E402
+from simclr_ray.data.shards import ImageRow  # noqa: E402
 from simclr_ray.data.units import plan_tasks, read_task  # noqa: E402
+from simclr_ray.storage.counting import Counters  # noqa: E402
 from simclr_ray.views.policy import preset  # noqa: E402
 from simclr_ray.views.stage import ViewStage  # noqa: E402
+from tests.integration import sources  # noqa: E402
 from tests.servers.proxy import Fault, Proxy  # noqa: E402
 from tests.servers.seaweed import Seaweed  # noqa: E402
 
@@ -54,35 +58,42 @@ UNITS_PER_TASK = 8
 PARTS = ("read", "layouts", "listing")
 
 
-def units_per_s(manifest: Manifest, units: int, stage: ViewStage) -> dict[str, float]:
-    """Read units of the first epoch, in the tasks and with the reading ahead of the stream, and make their views."""
-    tasks = plan_tasks(manifest, Plan(UnitTable(manifest), 1), 0, units, UNITS_PER_TASK)
-    before, first = storage.counters(), None
-    started = time.monotonic()
-    images = 0
-    for task in tasks:
-        for table in read_task(task):
-            first = first if first is not None else time.monotonic() - started
-            stage.columns({name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names})
-            images += len(table)
-    seconds, after = time.monotonic() - started, storage.counters()
-    assert first is not None
+def tables(manifest: Manifest, units: int) -> Iterator[pa.Table]:
+    """The first units of the first epoch, in the tasks and with the reading ahead of the stream."""
+    for task in plan_tasks(manifest, Plan(UnitTable(manifest), 1), 0, units, UNITS_PER_TASK):
+        yield from read_task(task)
+
+
+def an_image(before: Counters, images: int) -> dict[str, float]:
+    """What the store was asked for since."""
+    after = storage.counters()
     return {
-        "images_per_s": images / seconds,
-        "first_unit_s": first,
         "requests_an_image": (after.requests - before.requests) / images,
         "bytes_an_image": (after.bytes - before.bytes) / images,
     }
 
 
+def units_per_s(manifest: Manifest, units: int, stage: ViewStage) -> dict[str, float]:
+    """Read units and make their views."""
+    before, first = storage.counters(), None
+    started = time.monotonic()
+    images = 0
+    for table in tables(manifest, units):
+        first = first if first is not None else time.monotonic() - started
+        stage.columns({name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names})
+        images += len(table)
+    seconds = time.monotonic() - started
+    assert first is not None
+    return {"images_per_s": images / seconds, "first_unit_s": first, **an_image(before, images)}
+
+
 def read(server: Seaweed, scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
     units, rounds = (8, 2) if args.quick else (48, 5)
-    local = pack_crops(find_photos(args.photos), scratch / "crops", units, seed=0)
-    for file in sorted((scratch / "crops").iterdir()):
-        storage.write_bytes(f"s3://bench/crops/{file.name}", file.read_bytes())
+    crops = encoded_crops(find_photos(args.photos), CASE, units * UNIT_ROWS)
+    local, stored = (write_crops(crops, place) for place in (str(scratch / "crops"), "s3://bench/crops"))
     stage = ViewStage(preset("imagenet"), 1, Limits())
     torch.set_num_threads(1)
-    places = {"local disk": (local, None), "S3": (read_manifest("s3://bench/crops"), server.endpoint)}
+    places = {"local disk": (local, None), "S3": (stored, server.endpoint)}
     with Proxy(server.endpoint) as proxy:
         proxy.fault(Fault("late", times=-1, seconds=DELAY_S))
         places[f"S3, answers {1000 * DELAY_S:.0f} ms late"] = (places["S3"][0], proxy.endpoint)
@@ -92,9 +103,12 @@ def read(server: Seaweed, scratch: Path, args: argparse.Namespace) -> dict[str, 
                 manifest, endpoint = places[name]
                 storage.configure(storage.StorageSettings(endpoint=endpoint))
                 found[name].append(units_per_s(manifest, units, stage))
-    result = {name: {key: median(run[key] for run in runs) for key in runs[0]} for name, runs in found.items()}
+    result: dict[str, Any] = {
+        name: {key: median(run[key] for run in runs) for key in runs[0]} for name, runs in found.items()
+    }
     floor = result["local disk"]["images_per_s"]
-    print(f"\n{units * local.unit_rows} images, {rounds} turns, one process")
+    size = mean_size(crops)
+    print(f"\n{len(crops)} images of {size:,.0f} bytes, {rounds} turns, one process")
     print(f"  {'':<26}{'images/s':>10}{'of local':>10}{'first unit, s':>15}{'requests/image':>16}{'bytes/image':>13}")
     for name, one in result.items():
         one["of_local"] = one["images_per_s"] / floor
@@ -105,27 +119,44 @@ def read(server: Seaweed, scratch: Path, args: argparse.Namespace) -> dict[str, 
     return result
 
 
-def each_layout(server: Seaweed, _: Path, args: argparse.Namespace) -> dict[str, Any]:
+def mean_size(crops: Sequence[bytes]) -> float:
+    return sum(map(len, crops)) / len(crops)
+
+
+def upload(folder: Path, place: str) -> None:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    with ThreadPoolExecutor(16) as pool:
+        names = [f"{place}/{file.relative_to(folder)}" for file in files]
+        list(pool.map(lambda name, file: storage.write_bytes(name, file.read_bytes()), names, files))
+
+
+def layouts(scratch: Path, crops: Sequence[bytes]) -> Iterator[tuple[str, Manifest]]:
+    """The same images in the bucket as others lay them out, each indexed where it lies."""
+    yield "canonical shards", write_crops(crops, "s3://bench/layouts/canonical")
+    rows = [ImageRow(crop, number % 8, f"{number:06d}.jpg") for number, crop in enumerate(crops)]
+    others = {
+        "tars": sources.tars(scratch / "tars", rows, each=256),
+        "Parquet of others": sources.parquet(scratch / "parquet", rows, each=400, group=100),
+        "loose objects": sources.loose(scratch / "loose", rows),
+    }
+    for name, folder in others.items():
+        place = f"s3://bench/layouts/{folder.name}"
+        upload(folder, place)
+        yield name, index(place, f"{place}-index").manifest
+
+
+def each_layout(server: Seaweed, scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
     storage.configure(storage.StorageSettings(endpoint=server.endpoint))
     crops = encoded_crops(find_photos(args.photos), CASE, (4 if args.quick else 16) * UNIT_ROWS)
-    mean = sum(map(len, crops)) / len(crops)
     result = {}
-    print(f"\n{len(crops)} images of {mean:,.0f} bytes, each layout read once")
+    print(f"\n{len(crops)} images of {mean_size(crops):,.0f} bytes, each layout read once")
     print(f"  {'':<26}{'requests/image':>16}{'bytes/image':>13}{'of stored':>11}")
-    for name, manifest in layouts("s3://bench/layouts", crops):
-        before, units = storage.counters(), UnitTable(manifest).num_units
-        images = sum(
-            len(table)
-            for task in plan_tasks(manifest, Plan(UnitTable(manifest), 1), 0, units, UNITS_PER_TASK)
-            for table in read_task(task)
-        )
-        after = storage.counters()
+    for name, manifest in layouts(scratch, crops):
+        before = storage.counters()
+        images = sum(len(table) for table in tables(manifest, UnitTable(manifest).num_units))
         assert images == len(crops), (name, images)
-        one = {
-            "requests_an_image": (after.requests - before.requests) / images,
-            "bytes_an_image": (after.bytes - before.bytes) / images,
-        }
-        one["read_per_stored"] = one["bytes_an_image"] / mean
+        one = an_image(before, images)
+        one["read_per_stored"] = one["bytes_an_image"] / mean_size(crops)
         print(f"  {name:<26}{one['requests_an_image']:>16.4f}{one['bytes_an_image']:>13,.0f}", end="")
         print(f"{one['read_per_stored']:>11.2f}", flush=True)
         result[name] = one

@@ -20,7 +20,7 @@ def rows(count: int) -> list[ImageRow]:
 def loose(folder: Path, images: list[ImageRow]) -> Path:
     """Folders by label."""
     for number, row in enumerate(images):
-        place = folder / f"class {row.label}" / f"{number:04d}.png"
+        place = folder / f"class {row.label}" / f"{number:04d}{Path(row.uri).suffix}"
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(row.image)
     return folder
@@ -33,8 +33,9 @@ def tars(folder: Path, images: list[ImageRow], each: int = 60) -> Path:
         members = []
         for number in range(start, min(len(images), start + each)):
             key = f"{shard:05d}{number - start:04d}"
-            label = str(images[number].label).encode()
-            members += [(f"{key}.png", images[number].image), (f"{key}.txt", b"some words"), (f"{key}.cls", label)]
+            row = images[number]
+            label = str(row.label).encode()
+            members += [(key + Path(row.uri).suffix, row.image), (f"{key}.txt", b"some words"), (f"{key}.cls", label)]
         write_tar(folder / f"{shard:05d}.tar", members)
         pq.write_table(pa.table({"key": ["a"], "url": ["https://example.org/a.png"]}), folder / f"{shard:05d}.parquet")
         (folder / f"{shard:05d}_stats.json").write_text("{}")

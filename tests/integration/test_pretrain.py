@@ -49,6 +49,12 @@ def losses(folder: Path) -> list[float]:
     return [record.values["train/loss"] for record in records]
 
 
+def assert_same_curve(folder: Path, other: Path) -> None:
+    """Rounding differs between world sizes and grows with the steps; another sample anywhere would show at once."""
+    assert losses(folder)[:10] == pytest.approx(losses(other)[:10], rel=1e-5)
+    assert losses(folder) == pytest.approx(losses(other), rel=1e-3)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(local_ray: None, data_set: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nothing happens to: one worker."""
@@ -90,19 +96,15 @@ def three_workers(undisturbed: Path, data_set: Manifest, tmp_path_factory: pytes
 def test_the_loss_curve_does_not_depend_on_the_number_of_workers(
     undisturbed: Path, three_workers: Path, data_set: Manifest, tmp_path: Path
 ) -> None:
-    """Rounding differs between world sizes and grows with the steps; another sample anywhere would show at once."""
     pretrain(settings(tmp_path / "two", data_set, cluster__workers=2))
-    expected = losses(undisturbed)
-    for folder in (tmp_path / "two", three_workers):
-        assert losses(folder)[:10] == pytest.approx(expected[:10], rel=1e-5)
-        assert losses(folder) == pytest.approx(expected, rel=1e-3)
+    assert_same_curve(tmp_path / "two", undisturbed)
+    assert_same_curve(three_workers, undisturbed)
 
 
 @pytest.mark.slow
 def test_four_workers_give_the_same_curve(undisturbed: Path, data_set: Manifest, tmp_path: Path) -> None:
     pretrain(settings(tmp_path / "four", data_set, cluster__workers=4))
-    assert losses(tmp_path / "four")[:10] == pytest.approx(losses(undisturbed)[:10], rel=1e-5)
-    assert losses(tmp_path / "four") == pytest.approx(losses(undisturbed), rel=1e-3)
+    assert_same_curve(tmp_path / "four", undisturbed)
 
 
 @pytest.mark.slow
@@ -119,8 +121,7 @@ def test_a_killed_worker_costs_a_restart_and_nothing_else(
     killer.join()
     # Not bit for bit from three workers on: DistributedDataParallel lays out its buckets anew after the first step of
     # an attempt, and with them the order in which gloo sums three gradients.
-    assert losses(folder) == pytest.approx(losses(three_workers), rel=1e-3)
-    assert losses(folder)[:10] == pytest.approx(losses(three_workers)[:10], rel=1e-5)
+    assert_same_curve(folder, three_workers)
     assert json.loads((folder / "run.json").read_text())["attempts"] == 2
 
 
@@ -154,8 +155,7 @@ def test_colours_by_the_train_workers_give_the_same_curve_also_after_a_kill(
     killer.start()
     pretrain(settings(folder, data_set, cluster__workers=2, views__where="gpu"))
     killer.join()
-    assert losses(folder)[:10] == pytest.approx(losses(undisturbed)[:10], rel=1e-5)
-    assert losses(folder) == pytest.approx(losses(undisturbed), rel=1e-3)
+    assert_same_curve(folder, undisturbed)
     assert json.loads((folder / "run.json").read_text())["attempts"] == 2
 
 
