@@ -87,6 +87,14 @@ def better_is_more(measure: str, value: float | None) -> float:
     return -value if measure in LOWER_IS_BETTER else value
 
 
+def unbeaten(scores: Sequence[tuple[float, float]]) -> list[bool]:
+    """Which of these no other beats: at least as good in both and better in one (the Pareto front); more is better."""
+    return [
+        not any(a >= mine_a and b >= mine_b and (a, b) != (mine_a, mine_b) for a, b in scores)
+        for mine_a, mine_b in scores
+    ]
+
+
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
     """Rank correlation (Spearman 1904): Pearson's, of ranks, ties at their mean rank.
 

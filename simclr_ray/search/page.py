@@ -69,6 +69,11 @@ class Page:
     """Of the data set that trials train on, whose images are shown."""
 
     @property
+    def also(self) -> str | None:
+        """The second objective."""
+        return self.spec.objective.also
+
+    @property
     def keys(self) -> list[str]:
         """Of the space."""
         return list(self.spec.space)
@@ -91,7 +96,8 @@ def render(page: Page, folder: str) -> str:
         f"{sum(one.status == 'failed' for one in page.records)} failed; searcher {escape(page.spec.searcher)}, "
         f"scheduler {escape(page.spec.scheduler)}.</p>",
         "<h2>Trials</h2>",
-        _table(*results.trial_rows(page.records, page.keys, page.measure)),
+        _table(*results.trial_rows(page.records, page.keys, page.measure, page.also)),
+        *(f'<p class="note">{escape(line)}</p>' for line in results.front_lines(page.records, page.measure, page.also)),
     ]
     if page.finalists:
         parts += [
@@ -104,6 +110,8 @@ def render(page: Page, folder: str) -> str:
     for key in page.keys:
         if any(isinstance(one.settings.get(key), (int, float)) for one in page.records):
             parts += [f"<h2>Objective against {escape(key)}</h2>", _against(page, key)]
+    if page.also:
+        parts += [f"<h2>{escape(page.measure)} against {escape(page.also)}</h2>", _both(page, page.also)]
     if lines := results.label_free_lines(page.records):
         parts += ["<h2>Without labels</h2>", *(f"<p>{escape(line)}</p>" for line in lines)]
     if lines := results.failures(page.records):
@@ -154,6 +162,16 @@ def _against(page: Page, key: str) -> str:
         for rank, (one, value) in enumerate(scored)
     ]
     return plot(dots, x=Axis(key, log=log), y=Axis(page.measure), joined=False)
+
+
+def _both(page: Page, also: str) -> str:
+    """Trials by both objectives, the unbeaten ones joined."""
+    kept = results.front(page.records, page.measure, also)
+    points = {one.name: (one.scores[-1].measures.get(also, math.nan), value) for one, value in _scored(page)}
+    finite = [(one, points[one.name]) for one, _ in _scored(page) if math.isfinite(points[one.name][0])]
+    dots = [(_label(one), [point], 0.3) for one, point in finite]
+    edge = (f"unbeaten in both: {len(kept)}", [points[one.name] for one in kept], 1.0)
+    return plot([*dots, edge], x=Axis(also), y=Axis(page.measure), joined=True)
 
 
 def _label(one: TrialRecord) -> str:

@@ -11,6 +11,7 @@ from ray import tune
 from simclr_ray import storage
 from simclr_ray.errors import root_cause
 from simclr_ray.search.objective import WORST
+from simclr_ray.search.propose import OBJECTIVE
 from simclr_ray.search.record import TrialRecord, read_record, read_records
 from simclr_ray.search.results import named, shown
 
@@ -49,7 +50,7 @@ class Progress:
 
     def scored(self, trial: Any, result: dict[str, Any]) -> None:
         """Say it where it is the best so far."""
-        value = result.get("score", WORST)
+        value = result.get(OBJECTIVE, WORST)
         if value > self._best:
             self._best = value
             measured = shown(result.get(self._measure))

@@ -23,7 +23,7 @@ from simclr_ray.config import ClusterConfig
 from simclr_ray.errors import ClusterError, ConfigError
 from simclr_ray.search.space import Distribution, SearchSpec
 
-OBJECTIVE, MODE = "score", "max"
+OBJECTIVE, SECOND, MODE = "score", "second_score", "max"
 TIME = "training_iteration"
 """Scores of a trial so far."""
 
@@ -75,24 +75,30 @@ def searcher(spec: SearchSpec, side_by_side: int = 0) -> Searcher | SearchAlgori
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return OptunaSearch(seed=spec.seed)
+    if spec.objective.also is None:
+        return OptunaSearch(seed=spec.seed, metric=OBJECTIVE, mode=MODE)
+    return OptunaSearch(seed=spec.seed, metric=[OBJECTIVE, SECOND], mode=[MODE, MODE])
 
 
 def scheduler(spec: SearchSpec, scores: int) -> TrialScheduler:
-    """Who ends or changes trials; `scores` is how many a whole trial has."""
+    """Who ends or changes trials; `scores` is how many a whole trial has.
+
+    Each is told its objective here and none by Tune's own setting, which would overwrite the two of `searcher`.
+    """
+    by = {"time_attr": TIME, "metric": OBJECTIVE, "mode": MODE}
     match spec.scheduler:
         case "asha":
             return AsyncHyperBandScheduler(
-                time_attr=TIME, max_t=max(scores, spec.grace), grace_period=spec.grace, reduction_factor=spec.reduction
+                **by, max_t=max(scores, spec.grace), grace_period=spec.grace, reduction_factor=spec.reduction
             )
         case "median":
-            return MedianStoppingRule(time_attr=TIME, grace_period=spec.grace, min_samples_required=2)
+            return MedianStoppingRule(**by, grace_period=spec.grace, min_samples_required=2)
         case "pbt":
             # Tune draws who goes on from whom from the global generators.
             random.seed(spec.seed)
             np.random.seed(spec.seed)
             return PopulationBasedTraining(
-                time_attr=TIME,
+                **by,
                 perturbation_interval=spec.perturb_every,
                 burn_in_period=spec.grace,
                 quantile_fraction=spec.quantile,

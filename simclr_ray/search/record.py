@@ -90,6 +90,10 @@ class TrialRecord:
             return better_is_more(measure, None)
         return better_is_more(measure, self.scores[-1].measures.get(measure))
 
+    def both(self, measure: str, also: str) -> tuple[float, float]:
+        """Its last score by two measures, more is better."""
+        return self.objective(measure), self.objective(also)
+
     def write(self, folder: str) -> None:
         """Write it into the trial's folder."""
         values = asdict(self)

@@ -15,7 +15,7 @@ from simclr_ray import storage
 from simclr_ray.config import Config
 from simclr_ray.configure import load_config, to_yaml
 from simclr_ray.search.finalists import Finalist
-from simclr_ray.search.objective import LOWER_IS_BETTER, agreement
+from simclr_ray.search.objective import LOWER_IS_BETTER, WORST, agreement, unbeaten
 from simclr_ray.search.record import TrialRecord
 from simclr_ray.search.space import LABELLED, MEASURES, Settings
 
@@ -88,16 +88,36 @@ def ranked(records: Sequence[TrialRecord], measure: str) -> list[TrialRecord]:
     return sorted(records, key=lambda one: one.objective(measure), reverse=True)
 
 
-def trial_rows(records: Sequence[TrialRecord], keys: Sequence[str], measure: str) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the console's table, best first."""
-    header = ["trial", *(key.partition(".")[2] for key in keys), "step", named(measure), "status"]
+def trial_rows(
+    records: Sequence[TrialRecord], keys: Sequence[str], measure: str, also: str | None = None
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the console's table, best first; stars for trials unbeaten in two objectives."""
+    objectives = [measure, also] if also else [measure]
+    header = ["trial", *(key.partition(".")[2] for key in keys), "step", *map(named, objectives), "status"]
+    stars = {one.name for one in front(records, measure, also)} if also else set()
     rows = []
     for one in ranked(records, measure)[:SHOWN]:
         last = one.scores[-1] if one.scores else None
-        value = shown(last.measures.get(measure)) if last else "-"
+        values = [shown(last.measures.get(name)) if last else "-" for name in objectives]
         settings = (shown(one.settings.get(key)) for key in keys)
-        rows.append([one.name, *settings, str(last.step) if last else "-", value, one.status])
+        status = f"{one.status} *" if one.name in stars else one.status
+        rows.append([one.name, *settings, str(last.step) if last else "-", *values, status])
     return header, rows
+
+
+def front(records: Sequence[TrialRecord], measure: str, also: str) -> list[TrialRecord]:
+    """Trials that no other beats in both, best by the first measure first."""
+    scored = [one for one in ranked(records, measure) if min(one.both(measure, also)) > WORST]
+    flags = unbeaten([one.both(measure, also) for one in scored])
+    return [one for one, kept in zip(scored, flags, strict=True) if kept]
+
+
+def front_lines(records: Sequence[TrialRecord], measure: str, also: str | None) -> list[str]:
+    """What the stars mean; none without a second objective."""
+    if also is None or not (found := front(records, measure, also)):
+        return []
+    which = f"these {len(found)}" if len(found) > 1 else "this one"
+    return [f"* no trial beats {which} in both {named(measure)} and {named(also)}; by {measure} alone: {found[0].name}"]
 
 
 def finalist_rows(

@@ -114,6 +114,9 @@ class ObjectiveSpec(Section):
     measure: MeasureName | Literal["auto"] = "auto"
     """What ranks trials; all that can be are measured and kept. auto: knn_top1 where the images have labels and a
     labelled set is named, else rankme."""
+    also: MeasureName | None = None
+    """A second objective, for searcher tpe: values are proposed for both at once, and trials that no other beats in
+    both are marked. Schedulers, finalists and the winner go by `measure` alone."""
     every: Count
     """Optimizer steps of the given configuration between two scores of a trial."""
     data: str | None = None
@@ -181,6 +184,10 @@ class SearchSpec(Section):
                 f"scheduler pbt changes values in the middle of a run, which {', '.join(fixed)} cannot be; "
                 f"it can change {', '.join(PERTURBABLE)}"
             )
+        if self.objective.also is not None and self.searcher != "tpe":
+            raise ValueError(f"objective.also is a second objective for searcher tpe, not for {self.searcher}")
+        if self.objective.also is not None and self.objective.also == self.objective.measure:
+            raise ValueError(f"objective.also and objective.measure are both {self.objective.also}; give another one")
         if self.scheduler == "pbt" and self.searcher == "tpe":
             raise ValueError("scheduler pbt proposes values itself; use searcher random or grid")
         return self
@@ -241,11 +248,13 @@ def check_space(spec: SearchSpec, config: Config, manifest: Manifest) -> None:
             "train.global_batch: trials of so many steps would see different numbers of images; give the length as "
             "train.epochs"
         )
-    if spec.objective.measure in LABELLED and not (labelled_named(spec, config)):
-        problems.append(
-            f"objective.measure: {spec.objective.measure} needs labels; name a labelled set in evaluate.train or "
-            "objective.data, or use rankme, lidar or alignment_uniformity"
-        )
+    for name in ("measure", "also"):
+        measure = getattr(spec.objective, name)
+        if measure in LABELLED and not labelled_named(spec, config):
+            problems.append(
+                f"objective.{name}: {measure} needs labels; name a labelled set in evaluate.train or objective.data, "
+                "or use rankme, lidar or alignment_uniformity"
+            )
     if problems:
         raise listing(problems, "the space")
 

@@ -25,6 +25,7 @@ from simclr_ray.config import Config
 from simclr_ray.data.manifest import read_manifest
 from simclr_ray.errors import ClusterError, ConfigError, DataError, NumericsError, root_cause
 from simclr_ray.search.objective import better_is_more, score_checkpoint
+from simclr_ray.search.propose import OBJECTIVE, SECOND
 from simclr_ray.search.record import Generation, Place, Score, TrialRecord, read_record
 from simclr_ray.search.space import ObjectiveSpec, Settings, with_settings
 from simclr_ray.train import checkpoint as ckpt
@@ -159,8 +160,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         last = self._rungs.due_after(score.step) is None
         if last:
             self._finish("finished", "")
-        value = better_is_more(self._plan.measure, score.measures.get(self._plan.measure))
-        return {"score": value, "step": score.step, "done": last, **score.measures}
+        return {**self._objectives(score.measures), "step": score.step, "done": last, **score.measures}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Leave where the newest scored checkpoint is."""
@@ -269,7 +269,13 @@ class Trial(tune.Trainable):  # type: ignore[misc]
     def _end(self, why: str) -> dict[str, Any]:
         """A trial that no retry would mend, as the worst of all."""
         self._finish("failed", why)
-        return {"score": better_is_more(self._plan.measure, None), "done": True}
+        return {**self._objectives({}), "done": True}
+
+    def _objectives(self, found: Mapping[str, float]) -> dict[str, float]:
+        """What searcher and scheduler go by; more is better."""
+        also = self._plan.objective.also
+        second = {SECOND: better_is_more(also, found.get(also))} if also else {}
+        return {OBJECTIVE: better_is_more(self._plan.measure, found.get(self._plan.measure))} | second
 
     def _finish(self, status: Any, why: str) -> None:
         self._record.status, self._record.why = status, why

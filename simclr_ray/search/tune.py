@@ -40,7 +40,7 @@ from simclr_ray.search.page import Page, write_page
 from simclr_ray.search.preflight import require_dashboard, require_state_api
 from simclr_ray.search.probe import ProbeSet, read_probe
 from simclr_ray.search.progress import Progress, Told, listening
-from simclr_ray.search.propose import MODE, OBJECTIVE, domains, scheduler, searcher, side_by_side
+from simclr_ray.search.propose import domains, scheduler, searcher, side_by_side
 from simclr_ray.search.record import TrialRecord, read_records
 from simclr_ray.search.space import LABELLED, SearchSpec, check_space, labelled_named, load_space
 from simclr_ray.search.trial import MEMORY_BYTES, Rungs, Trial, TrialPlan
@@ -214,15 +214,21 @@ def _probe(search: _Search) -> tuple[Any, str]:
     measure = spec.measure
     if measure == "auto":
         measure = "knn_top1" if has_labels else "rankme"
-    if measure in LABELLED and not has_labels:
+    for name, one in (("measure", measure), ("also", spec.also)):
+        if one in LABELLED and not has_labels:
+            raise ConfigError(
+                f"{one} needs labels, which the data set has not", where=f"objective.{name}", got=manifest.folder,
+                fix="name a labelled one in objective.data, or use rankme, lidar or alignment_uniformity",
+            )  # fmt: skip
+    if spec.also == measure:
         raise ConfigError(
-            f"{measure} needs labels, which the data set has not", where="objective.measure", got=manifest.folder,
-            fix="name a labelled one in objective.data, or use rankme, lidar or alignment_uniformity",
+            f"objective.measure is {measure} here, and objective.also is the same", where="objective.also",
+            fix="name another measure",
         )  # fmt: skip
+    both = results.named(measure) + (f" and {results.named(spec.also)}" if spec.also else "")
     seen = "" if spec.data or config.evaluate.train else ", which trials train on too, without labels"
     search.console.say(
-        f"objective: {results.named(measure)} on {measured} images of {manifest.folder}{seen}, a score each "
-        f"{spec.every} steps"
+        f"objective: {both} on {measured} images of {manifest.folder}{seen}, a score each {spec.every} steps"
     )
     return probe, measure
 
@@ -253,8 +259,6 @@ def _fit(
             trainable,
             param_space=dict(space),
             tune_config=ray_tune.TuneConfig(
-                metric=OBJECTIVE,
-                mode=MODE,
                 max_concurrent_trials=count if by_itself else None,
                 trial_dirname_creator=_dirname,
                 **how,
@@ -330,10 +334,16 @@ def _result(search: _Search, measure: str, *, say: bool) -> SearchResult:
         found = final.summarise([(name, values) for name, values in listed], again, measure)
     best = found[0].settings if found and found[0].values else final.choose(records, measure, 1)[0].settings
     if say:
-        console.table(*results.trial_rows(records, keys, measure))
+        also = search.spec.objective.also
+        console.table(*results.trial_rows(records, keys, measure, also))
         if len(records) > results.SHOWN:
             console.say(f"... and {len(records) - results.SHOWN} more, all in {search.at.path('trials.parquet')}")
-        for line in (*results.failures(records), *results.failures(again), *results.label_free_lines(records)):
+        for line in (
+            *results.front_lines(records, measure, also),
+            *results.failures(records),
+            *results.failures(again),
+            *results.label_free_lines(records),
+        ):
             console.say(line)
         if found:
             console.table(*results.finalist_rows(found, keys, measure))

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from simclr_ray import storage
 from simclr_ray.configure import load_config, to_yaml
 from simclr_ray.data.manifest import Manifest
 from simclr_ray.observe.metrics import read_jsonl
@@ -20,6 +21,7 @@ from simclr_ray.train.checkpoint import committed_steps
 from tests.conftest import small_run
 from tests.faults import commands
 from tests.faults.commands import injected, program, wait_for
+from tests.servers.seaweed import Seaweed
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1500)]
 
@@ -170,6 +172,37 @@ def test_row_48_a_killed_search_goes_on_where_it_stood(data_set: Manifest, tmp_p
     interrupted = next(one for one in before.values() if one.status == "running" and one.scores)
     run_info = json.loads((Path(interrupted.generations[0].run) / "run.json").read_text())
     assert run_info["attempts"] == 2  # it went on; a new one would have begun at step 0 in a folder of its own
+
+
+@pytest.mark.slow
+def test_a_killed_search_for_two_objectives_in_an_object_store_goes_on(
+    data_set: Manifest, s3: Seaweed, s3_folder: str, tmp_path: Path
+) -> None:
+    """Optuna's memory, trials, checkpoints and results are all in the bucket."""
+    pytest.importorskip("optuna")
+    two = {"every": 5, **PROBE, "measure": "knn_top1", "also": "rankme"}
+    asked = {"space": {"loss.temperature": {"loguniform": [0.05, 1.0]}}, "searcher": "tpe", "trials": 3,
+             "scheduler": "asha", "objective": two}  # fmt: skip
+    config, space = files(tmp_path / "search", data_set, asked, storage__endpoint=s3.endpoint)
+    command = ["-m", "simclr_ray.cli", "tune", config, "--space", space, "--folder", s3_folder]
+
+    def first_is_done() -> bool:
+        return any(one.status == "finished" for one in read_records(f"{s3_folder}/trials"))
+
+    with started(*command) as process:
+        wait_for(first_is_done, timeout_s=600)
+        before = {one.name: one for one in read_records(f"{s3_folder}/trials") if one.status == "finished"}
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    code, output = run(*command)
+    assert code == 0, output
+    assert "knn_top1 and rankme" in output
+    assert "* no trial beats" in output
+    after = {one.name: one for one in read_records(f"{s3_folder}/trials")}
+    assert len(after) == 3, output
+    assert len({one.settings["loss.temperature"] for one in after.values()}) == 3
+    assert {name: after[name] for name in before} == before
+    assert {"best.yaml", "search.html", "trials.parquet"} <= set(storage.list_names(s3_folder))
 
 
 @pytest.mark.slow

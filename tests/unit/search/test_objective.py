@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from simclr_ray.data.manifest import Manifest
 from simclr_ray.errors import DataError
 from simclr_ray.evaluate.encode import random_encoder
 from simclr_ray.observe.health import lidar, rankme
-from simclr_ray.search.objective import WORST, agreement, better_is_more, measures, spearman
+from simclr_ray.search.objective import WORST, agreement, better_is_more, measures, spearman, unbeaten
 from simclr_ray.search.probe import ProbeSet, read_probe
 from simclr_ray.search.space import LABELLED, MEASURES
 from simclr_ray.train.derive import limits_of, policy_of
@@ -114,6 +116,19 @@ def test_the_images_are_read_once_with_labels_and_none_votes_for_itself(data_set
     assert (again.images == probe.images).all()
     assert (again.views == probe.views).all()
     assert again.labels is None
+
+
+@given(st.lists(st.tuples(st.integers(0, 5).map(float), st.integers(0, 5).map(float)), max_size=20))
+def test_the_front_beats_whatever_is_not_on_it_and_not_itself(scores: list[tuple[float, float]]) -> None:
+    kept = [score for score, stays in zip(scores, unbeaten(scores), strict=True) if stays]
+    lost = [score for score, stays in zip(scores, unbeaten(scores), strict=True) if not stays]
+    assert bool(kept) == bool(scores)
+    assert not set(kept) & set(lost)  # equal ones share their fate
+    for a, b in lost:
+        assert any(x >= a and y >= b and (x > a or y > b) for x, y in kept)
+    edge = sorted(set(kept))
+    assert edge == sorted(edge, key=lambda one: -one[1])  # more of one is less of the other
+    assert len({a for a, _ in edge}) == len(edge)
 
 
 def test_a_data_set_smaller_than_what_is_asked_is_shared_between_both(data_set: Manifest) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from typing import Any
 
@@ -10,7 +11,7 @@ from ray import tune
 
 from simclr_ray.config import ClusterConfig
 from simclr_ray.errors import ClusterError
-from simclr_ray.search.propose import Inside, domains, scheduler, searcher, side_by_side
+from simclr_ray.search.propose import OBJECTIVE, SECOND, Inside, domains, scheduler, searcher, side_by_side
 from simclr_ray.search.space import SearchSpec, load_space
 
 
@@ -27,12 +28,16 @@ def spec(**changes: Any) -> SearchSpec:
 def proposals(seed: int, results: list[float]) -> list[dict[str, Any]]:
     """What TPE asks for while these results come in."""
     asked = spec(searcher="tpe", seed=seed)
+    return asked_for(asked, [{OBJECTIVE: result} for result in results])
+
+
+def asked_for(asked: SearchSpec, results: list[dict[str, float]]) -> list[dict[str, Any]]:
     search: Any = searcher(asked)
-    search.set_search_properties("score", "max", domains(asked))
+    search.set_search_properties(None, None, domains(asked))
     out = []
     for number, result in enumerate(results):
         out.append(search.suggest(str(number)))
-        search.on_trial_complete(str(number), {"score": result})
+        search.on_trial_complete(str(number), result)
     return out
 
 
@@ -48,6 +53,19 @@ def test_the_same_seed_and_results_give_the_same_proposals() -> None:
         assert one["views.strength"] in (0, 0.25, 0.5, 0.75, 1, 1.25, 1.5)
         assert one["model.projector_layers"] in (1, 2, 3)
         assert one["optim.rule"] in ("linear", "sqrt")
+
+
+def test_a_second_objective_is_proposed_for_too() -> None:
+    """TPE over the Pareto front: with the first objective equal everywhere, only the second can teach anything."""
+    pytest.importorskip("optuna")
+    asked = spec(searcher="tpe", seed=3, objective={"every": 5, "measure": "rankme", "also": "alignment"})
+    draws = random.Random(0)
+    seconds = [draws.random() for _ in range(16)]
+    rising = [{OBJECTIVE: 0.5, SECOND: value} for value in seconds]
+    falling = [{OBJECTIVE: 0.5, SECOND: 1 - value} for value in seconds]
+    assert asked_for(asked, rising) == asked_for(asked, rising)
+    assert asked_for(asked, rising)[:10] == asked_for(asked, falling)[:10]
+    assert asked_for(asked, rising) != asked_for(asked, falling)
 
 
 def random_proposals(seed: int) -> list[dict[str, Any]]:

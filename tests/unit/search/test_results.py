@@ -159,6 +159,24 @@ def test_label_free_measures_are_compared_with_labelled_ones_over_whole_trials()
     assert results.label_free_lines(records[:3]) == []
 
 
+def test_trials_that_none_beats_in_two_objectives_are_starred() -> None:
+    """By rankme all is reversed here, so the front is whoever is best at something: all but the ones beaten in both."""
+    records = [trial(name, value) for name, value in (("a", 0.1), ("b", 0.2), ("c", 0.3))]
+    records += [trial("beaten", 0.15), trial("failed", 0.9, status="failed"), trial("nan", math.nan)]
+    for one in records:
+        for score in one.scores:
+            measured: Any = score.measures
+            measured["rankme"] = 0.0 if one.name == "beaten" else 1 - measured["knn_top1"]
+    assert [one.name for one in results.front(records, "knn_top1", "rankme")] == ["c", "b", "a"]
+    header, rows = results.trial_rows(records, [KEY], "knn_top1", "rankme")
+    assert header[-3:] == ["knn_top1", "rankme", "status"]
+    assert {row[0] for row in rows if row[-1].endswith("*")} == {"a", "b", "c"}
+    (line,) = results.front_lines(records, "knn_top1", "rankme")
+    assert line.startswith("* no trial beats these 3 in both knn_top1 and rankme; by knn_top1 alone: c")
+    assert results.front_lines(records, "knn_top1", None) == []
+    assert results.trial_rows(records, [KEY], "knn_top1")[0][-2:] == ["knn_top1", "status"]
+
+
 class Outside(HTMLParser):
     """Collects what a page would ask a network for, and whether it runs anything."""
 
@@ -197,6 +215,14 @@ def test_the_page_is_one_file_that_asks_nobody_and_escapes_what_it_shows(data_se
     assert "default-src 'none'" in text
     assert len(re.findall(r'src="data:image/png;base64,', text)) == 2 * 2 * 6
     assert text.count("<polyline") == 5 + 5  # a line a trial across the axes, and one over the steps
+    assert "unbeaten" not in text
+    spec = load_space({"space": spec.model_dump(exclude_none=True)["space"], "trials": 4, "searcher": "tpe",
+                       "objective": {"every": 5, "also": "lidar"}})  # fmt: skip
+    text = render(Page(config, spec, records, again, {KEY: 0.1}, "knn_top1", data_set), "/folder")
+    assert "<h2>knn_top1 against lidar</h2>" in text
+    assert "unbeaten in both: 5" in text  # lidar falls as knn_top1 rises
+    assert text.count("<polyline") == 5 + 5 + 1
+    assert evil not in text
     assert "exceeds the spread" in text
 
 

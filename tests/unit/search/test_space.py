@@ -48,6 +48,18 @@ def test_there_are_spaces_and_none_is_taken_for_a_configuration() -> None:
     assert not set(SPACES) & set(RECIPES)
 
 
+def test_a_second_objective_needs_a_searcher_that_takes_two(data_set: Manifest, tmp_path: Path) -> None:
+    two = {"every": 5, "measure": "rankme", "also": "alignment"}
+    assert load_space(spec(searcher="tpe", objective=two)).objective.also == "alignment"
+    with pytest.raises(ConfigError, match="second objective for searcher tpe, not for random"):
+        load_space(spec(objective=two))
+    with pytest.raises(ConfigError, match="are both rankme"):
+        load_space(spec(searcher="tpe", objective=two | {"also": "rankme"}))
+    labelled = spec(searcher="tpe", objective=two | {"also": "knn_top1"})
+    unlabelled = {"evaluate__train": None, "evaluate__test": None}
+    assert "objective.also: knn_top1 needs labels" in refusal(labelled, tmp_path, data_set, **unlabelled)
+
+
 def test_a_mistyped_key_gets_a_suggestion_and_all_mistakes_come_at_once(data_set: Manifest, tmp_path: Path) -> None:
     space = {
         "loss.temprature": {"uniform": [0.1, 1]},
