@@ -307,19 +307,21 @@ class EvaluateConfig(Section):
     """Weight of a neighbour is exp(similarity / temperature)."""
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{0,64}$")] = ""
     """Of the labelled sets, for transfer to others than the run's own: results go to `eval/NAME`."""
-    protocols: Annotated[tuple[Literal["probes", "sgd", "finetune"], ...], MinLen(1)] = ("probes",)
+    protocols: Annotated[tuple[Literal["probes", "sgd", "finetune", "finetune_v2"], ...], MinLen(1)] = ("probes",)
     """What is measured. `probes`: kNN, linear by L-BFGS, label-free numbers. `sgd`: the paper's linear probe on crops
-    and flips (B.6). `finetune`: the whole network on a part of the labels (B.5)."""
+    and flips (B.6). `finetune`: the whole network on a part of the labels (B.5). `finetune_v2`: as SimCLR v2 does it,
+    the projector's first layer with it where only a part of the labels is used."""
     l2_grid: Literal["usual", "paper"] = "usual"
     """Penalties that the linear probe chooses from: `usual`, five; `paper`, the 45 of its transfer protocol (B.8)."""
     fractions: Annotated[tuple[Annotated[float, Gt(0), Le(1)], ...], MinLen(1)] = (0.01, 0.1, 1.0)
-    """Parts of the labels that `finetune` uses, balanced over the classes."""
+    """Parts of the labels that fine-tuning uses, balanced over the classes."""
     label_list: str | None = None
-    """A published list of file names, a line each, whose labels `finetune` uses in place of `fractions`."""
-    supervised_batch: Count = 4096
-    """Images of a step of `sgd` and `finetune`; all labels where there are fewer."""
+    """A published list of file names, a line each, whose labels fine-tuning uses in place of `fractions`."""
+    supervised_batch: Count | None = None
+    """Images of a step of training with labels; all labels where there are fewer. null: the papers', 4096, and 1024 of
+    `finetune_v2`."""
     supervised_epochs: Count | None = None
-    """Of `sgd` and `finetune`; null: the paper's, 90, and 60 with up to 2 % of the labels, else 30."""
+    """Of training with labels; null: the papers', 90, and 60 with up to 2 % of the labels, else 30."""
     workers: Count | None = None
     """Ray actors that encode, each with a GPU where there are; null: this process alone."""
     every: Count | None = None

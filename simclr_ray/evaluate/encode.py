@@ -46,6 +46,8 @@ class TrainedEncoder:
     """Size and normalisation of its input."""
     step: int
     """Optimizer steps it was trained for."""
+    has_projector: bool = True
+    """Whether the projector was trained too; imported weights may come without one."""
 
     @property
     def width(self) -> int:
@@ -102,7 +104,8 @@ def load_encoder(run: str, step: int | None = None) -> TrainedEncoder:
             raise StorageError(f"no valid checkpoint of step {step}: {error}", where=folder.uri, got=have) from None
     model = build_model(config)
     model.load_state_dict(found.model)
-    return TrainedEncoder(model.eval(), policy_of(config.views), found.step)
+    has_projector = (folder.info() or {}).get("projector") != "none"
+    return TrainedEncoder(model.eval(), policy_of(config.views), found.step, has_projector)
 
 
 def random_encoder(config: Config, views: Image, policy: Policy) -> SimCLR:

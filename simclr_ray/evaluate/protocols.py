@@ -26,6 +26,7 @@ from simclr_ray.evaluate.supervised import (
     Trained,
     TrainingImages,
     accuracy,
+    body_of,
     read_training_images,
     recipe_of,
     train_classifier,
@@ -40,7 +41,7 @@ class SupervisedRow:
     """A protocol over its seeds."""
 
     protocol: str
-    """`sgd` or `finetune`."""
+    """`sgd`, `finetune` or `finetune_v2`."""
     labels: int
     """That were used."""
     part: str
@@ -84,7 +85,7 @@ def measure_supervised(
 def supervised_text(rows: Sequence[SupervisedRow]) -> str:
     """The results as plain text, a line each."""
     return "\n".join(
-        f"{row.protocol:9s} {row.part:>8s} ({row.labels:,} labels)  {_percent(row)}  {row.seconds:.0f} s"
+        f"{row.protocol:11s} {row.part:>8s} ({row.labels:,} labels)  {_percent(row)}  {row.seconds:.0f} s"
         for row in rows
     )
 
@@ -128,9 +129,8 @@ def _over_seeds(
             kind, labels=len(chosen.labels), of=len(images.labels), batch=wanted.supervised_batch,
             epochs=wanted.supervised_epochs, seed=seed,
         )  # fmt: skip
-        made = train_classifier(
-            trained.model.encoder, trained.width, chosen, trained.policy, limits, recipe, num_classes=num_classes
-        )
+        body, width = body_of(trained, kind, everything=len(chosen.labels) == len(images.labels))
+        made = train_classifier(body, width, chosen, trained.policy, limits, recipe, num_classes=num_classes)
         values.append(accuracy(made, test.views, test.labels, trained.policy))
         seconds, steps = seconds + made.seconds, made.steps
         if len(values) == 1:
@@ -142,7 +142,8 @@ def _over_seeds(
 
 
 def _classifier(made: Trained) -> bytes:
-    tensors = {f"encoder.{name}": value for name, value in made.encoder.state_dict().items()}
+    """Names under `encoder.`, `head.` and, of v2's fine-tuning, `layer.`."""
+    tensors = dict(made.body.state_dict())
     tensors |= {f"head.{name}": value for name, value in made.head.state_dict().items()}
     return bytes(save_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()}))
 

@@ -1,9 +1,10 @@
-"""Training with labels: the paper's linear probe by SGD (appendix B.6) and fine-tuning (B.5).
+"""Training with labels: the paper's linear probe by SGD (appendix B.6), fine-tuning (B.5), and SimCLR v2's (section 3).
 
-Both see random crops and flips and nothing else, use Nesterov momentum 0.9, a learning rate that follows the batch and
-falls as half a cosine from the first step on, no weight decay and no warm-up. The probe learns a linear layer on the
-frozen encoder in evaluation mode; fine-tuning learns both. The accuracy is that of the last step, on central crops:
-nothing is chosen by the test set. Everything random is addressed by the seed.
+All see random crops and flips and nothing else, use momentum 0.9 (Nesterov's; of v2 that of LARS), a learning rate that
+follows the batch and falls as half a cosine from the first step on, no weight decay and no warm-up. The probe learns a
+linear layer on the frozen encoder in evaluation mode; fine-tuning learns both. v2's starts from zero logits and keeps
+the projector's first layer, but for all labels, where it starts at the embedding. The accuracy is that of the last
+step, on central crops: nothing is chosen by the test set. Everything random is addressed by the seed.
 
 One process trains. Steps larger than `IMAGES_AT_ONCE` go through the network in pieces whose gradients are summed; in
 fine-tuning, batch norm then takes its statistics from one piece.
@@ -13,9 +14,10 @@ from __future__ import annotations
 
 import copy
 import time
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -25,17 +27,27 @@ from torch import Tensor, nn
 from simclr_ray.data.decode import Limits, Rejected, decode
 from simclr_ray.data.inputs import columns_of, read_inputs
 from simclr_ray.data.manifest import Manifest
-from simclr_ray.errors import DataError, NumericsError
-from simclr_ray.evaluate.encode import Image, row_ranges
-from simclr_ray.learn.optim import learning_rate_at, set_learning_rate
+from simclr_ray.errors import ConfigError, DataError, NumericsError
+from simclr_ray.evaluate.encode import Image, TrainedEncoder, row_ranges
+from simclr_ray.learn.optim import (
+    RateRule,
+    learning_rate_at,
+    make_optimizer,
+    peak_learning_rate,
+    set_learning_rate,
+)
+from simclr_ray.model.projector import first_layer
 from simclr_ray.views.apply import normalise, two_views
 from simclr_ray.views.draw import draw
 from simclr_ray.views.policy import Policy
 
-Kind = Literal["sgd", "finetune"]
+Kind = Literal["sgd", "finetune", "finetune_v2"]
 MOMENTUM = 0.9
-BASE_LEARNING_RATE: dict[Kind, float] = {"sgd": 0.1, "finetune": 0.05}
-"""Times batch / 256: appendix B.6 and B.5."""
+RATES: dict[Kind, tuple[RateRule, float]] = {
+    "sgd": ("linear", 0.1), "finetune": ("linear", 0.05), "finetune_v2": ("sqrt", 0.005),
+}  # fmt: skip
+"""How the rate follows the batch: appendix B.6 and B.5 of SimCLR, section 3 of v2 (0.16 at its batch of 1024)."""
+BATCH: dict[Kind, int] = {"sgd": 4096, "finetune": 4096, "finetune_v2": 1024}
 PROBE_EPOCHS, FEW_EPOCHS, MANY_EPOCHS = 90, 60, 30
 """Appendix B.6; and B.5 for 1 % of the labels, and for 10 % and all of them."""
 FEW = 0.02
@@ -75,15 +87,16 @@ class Recipe:
     @property
     def peak(self) -> float:
         """Learning rate of the first step."""
-        return BASE_LEARNING_RATE[self.kind] * self.batch / 256
+        rule, base = RATES[self.kind]
+        return peak_learning_rate(rule, base, self.batch)
 
 
 @dataclass(frozen=True)
 class Trained:
     """A classifier and what it cost."""
 
-    encoder: nn.Module
-    """In evaluation mode."""
+    body: nn.Sequential
+    """`encoder`, and in v2's fine-tuning `layer` of the projector behind it; in evaluation mode."""
     head: nn.Linear
     steps: int
     seconds: float
@@ -117,29 +130,53 @@ def crops_and_flips(policy: Policy) -> Policy:
     })  # fmt: skip
 
 
-def recipe_of(kind: Kind, *, labels: int, of: int, batch: int, epochs: int | None, seed: int) -> Recipe:
+def recipe_of(kind: Kind, *, labels: int, of: int, batch: int | None, epochs: int | None, seed: int) -> Recipe:
     """The paper's recipe for a set of labels.
 
     Args:
-        kind: `sgd` or `finetune`.
+        kind: The protocol.
         labels: How many are used.
         of: How many there are.
-        batch: Images of a step; all labels where there are fewer.
+        batch: Images of a step, other than the paper's; all labels where there are fewer.
         epochs: Other than the paper's.
         seed: Of order, crops and head.
     """
     usual = PROBE_EPOCHS if kind == "sgd" else FEW_EPOCHS if labels <= FEW * of else MANY_EPOCHS
-    return Recipe(kind, min(batch, labels), epochs or usual, seed)
+    return Recipe(kind, min(batch or BATCH[kind], labels), epochs or usual, seed)
+
+
+def body_of(trained: TrainedEncoder, kind: Kind, *, everything: bool) -> tuple[nn.Sequential, int]:
+    """What a protocol puts its linear layer on, the model's own modules; and the width of its output.
+
+    Args:
+        trained: What was pretrained.
+        kind: The protocol.
+        everything: Whether all labels are used: then v2 starts at the embedding, too.
+
+    Raises:
+        ConfigError: v2's fine-tuning of a run whose projector has no hidden layer, or none that was trained.
+    """
+    parts = OrderedDict(encoder=trained.model.encoder)
+    if kind != "finetune_v2" or everything:
+        return nn.Sequential(parts), trained.width
+    layer = first_layer(trained.model.projector) if trained.has_projector else None
+    if layer is None:
+        raise ConfigError(
+            "finetune_v2 starts from the projector's first layer, and this run has no hidden one that was trained",
+            where="evaluate.protocols", expected="model.projector_layers of 2 or more (3 in SimCLR v2)",
+            fix="use finetune",
+        )  # fmt: skip
+    return nn.Sequential(parts | {"layer": layer}), cast(nn.Linear, layer[0]).out_features
 
 
 def train_classifier(
-    encoder: nn.Module, width: int, images: TrainingImages, policy: Policy, limits: Limits, recipe: Recipe, *,
+    body: nn.Sequential, width: int, images: TrainingImages, policy: Policy, limits: Limits, recipe: Recipe, *,
     num_classes: int,
 ) -> Trained:  # fmt: skip
     """Train a linear classifier on the encoder, and the encoder with it where the recipe says so.
 
     Args:
-        encoder: (n, 3, S, S) -> (n, width); not changed.
+        body: (n, 3, S, S) -> (n, width), as `body_of` makes it; not changed.
         width: Of its output.
         images: To learn from.
         policy: Size and standardisation of the encoder's input.
@@ -151,17 +188,11 @@ def train_classifier(
         NumericsError: the loss is not finite.
     """
     begun = time.perf_counter()
-    learns_all = recipe.kind == "finetune"
+    learns_all = recipe.kind != "sgd"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = copy.deepcopy(encoder).to(device).train(learns_all).requires_grad_(learns_all)
-    head = nn.Linear(width, num_classes)
-    with torch.no_grad():
-        generator = torch.Generator().manual_seed(recipe.seed)
-        head.weight.copy_(HEAD_STD * torch.randn(head.weight.shape, generator=generator))
-        head.bias.zero_()
-    head.to(device)
-    parameters = [*head.parameters(), *(network.parameters() if learns_all else ())]
-    optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=MOMENTUM, nesterov=True)
+    network = copy.deepcopy(body).to(device).train(learns_all).requires_grad_(learns_all)
+    head = _new_head(width, num_classes, recipe).to(device)
+    optimizer = _optimizer(nn.ModuleList([head, *([network] if learns_all else [])]), recipe.kind)
     steps = max(1, round(len(images.labels) * recipe.epochs / recipe.batch))
     for step, chosen in enumerate(batches(len(images.labels), recipe.batch, steps, recipe.seed)):
         set_learning_rate(
@@ -186,13 +217,31 @@ def train_classifier(
     return Trained(network.eval(), head, steps, time.perf_counter() - begun)
 
 
+def _new_head(width: int, num_classes: int, recipe: Recipe) -> nn.Linear:
+    head = nn.Linear(width, num_classes)
+    with torch.no_grad():
+        head.bias.zero_()
+        if recipe.kind == "finetune_v2":
+            head.weight.zero_()
+        else:
+            generator = torch.Generator().manual_seed(recipe.seed)
+            head.weight.copy_(HEAD_STD * torch.randn(head.weight.shape, generator=generator))
+    return head
+
+
+def _optimizer(learned: nn.Module, kind: Kind) -> torch.optim.Optimizer:
+    if kind == "finetune_v2":
+        return make_optimizer("lars", learned, weight_decay=0.0, momentum=MOMENTUM)
+    return torch.optim.SGD(learned.parameters(), lr=0.0, momentum=MOMENTUM, nesterov=True)
+
+
 @torch.inference_mode()
 def accuracy(trained: Trained, views: Image, labels: Tensor, policy: Policy) -> float:
     """Fraction of central views (n, S, S, 3) that are classified correctly."""
     hits, device = 0, trained.head.weight.device
     for start in range(0, len(views), IMAGES_AT_ONCE):
         rows = slice(start, start + IMAGES_AT_ONCE)
-        logits = trained.head(trained.encoder(normalise(torch.from_numpy(views[rows]).to(device), policy)))
+        logits = trained.head(trained.body(normalise(torch.from_numpy(views[rows]).to(device), policy)))
         hits += int((logits.argmax(dim=1).cpu() == labels[rows]).sum())
     return hits / len(views)
 

@@ -43,6 +43,12 @@ def make_projector(
     return nn.Sequential(*modules, _dense(embedding_dim, output_dim), _batch_norm_without_beta(output_dim))
 
 
+def first_layer(projector: nn.Module) -> nn.Sequential | None:
+    """The projector's first layer up to its ReLU, from which SimCLR v2 fine-tunes; None where there is no ReLU."""
+    modules = list(projector.children())
+    return nn.Sequential(*modules[:3]) if len(modules) > 3 else None
+
+
 def _dense(inputs: int, outputs: int) -> nn.Linear:
     """Without bias: the batch norm that follows would subtract it again."""
     dense = nn.Linear(inputs, outputs, bias=False)

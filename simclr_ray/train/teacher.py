@@ -20,15 +20,16 @@ from simclr_ray.errors import ConfigError, DataError
 from simclr_ray.learn.distillation import distillation
 from simclr_ray.learn.nt_xent import NTXent
 from simclr_ray.model.encoder import make_encoder
+from simclr_ray.model.projector import first_layer, make_projector
 from simclr_ray.train.run import open_existing
 
 
 class Teacher(nn.Module):
-    """Encoder and classifier, in evaluation mode and without gradients."""
+    """Encoder, the projector's first layer where it was fine-tuned with it, and classifier; without gradients."""
 
-    def __init__(self, encoder: nn.Module, head: nn.Linear) -> None:
+    def __init__(self, encoder: nn.Module, head: nn.Linear, layer: nn.Module | None = None) -> None:
         super().__init__()
-        self.encoder, self.head = encoder, head
+        self.encoder, self.layer, self.head = encoder, layer or nn.Identity(), head
         self.eval().requires_grad_(False)
 
     @property
@@ -39,7 +40,7 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Images (n, 3, S, S) -> logits (n, C)."""
-        logits: Tensor = self.head(self.encoder(images))
+        logits: Tensor = self.head(self.layer(self.encoder(images)))
         return logits
 
 
@@ -63,14 +64,21 @@ def load_teacher(distill: DistillConfig) -> Teacher:
         ) from None  # fmt: skip
     parts = {
         part: {key.removeprefix(f"{part}."): value for key, value in tensors.items() if key.startswith(f"{part}.")}
-        for part in ("encoder", "head")
+        for part in ("encoder", "layer", "head")
     }
     model = config.model
     encoder = make_encoder(model.encoder, width=model.width, stem=model.stem)
     encoder.load_state_dict(parts["encoder"])
-    head = nn.Linear(encoder.embedding_dim, len(parts["head"]["bias"]))
+    classes, width = parts["head"]["weight"].shape
+    head = nn.Linear(width, classes)
     head.load_state_dict(parts["head"])
-    return Teacher(encoder, head)
+    layer = None
+    if parts["layer"]:
+        projector = make_projector(encoder.embedding_dim, layers=model.projector_layers, hidden_dim=width)
+        layer = first_layer(projector)
+        assert layer is not None, "it was fine-tuned"
+        layer.load_state_dict(parts["layer"])
+    return Teacher(encoder, head, layer)
 
 
 def labels_of_few(manifest: Manifest, fraction: float, seed: int) -> npt.NDArray[np.int64]:

@@ -6,8 +6,9 @@ import itertools
 import json
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,25 +18,31 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from simclr_ray import load_encoder
+from simclr_ray.config import DistillConfig
 from simclr_ray.data.decode import Limits
 from simclr_ray.data.manifest import Manifest
-from simclr_ray.errors import DataError
+from simclr_ray.errors import ConfigError, DataError
 from simclr_ray.evaluate.encode import read_labelled
 from simclr_ray.evaluate.evaluate import evaluate
 from simclr_ray.evaluate.intervals import interval95
 from simclr_ray.evaluate.linear import PAPER_L2_GRID
 from simclr_ray.evaluate.subsets import part_of_labels, read_file_list, rows_of_list
 from simclr_ray.evaluate.supervised import (
-    BASE_LEARNING_RATE,
+    RATES,
+    Kind,
     Recipe,
     accuracy,
     batches,
+    body_of,
     crops,
     crops_and_flips,
     read_training_images,
     recipe_of,
     train_classifier,
 )
+from simclr_ray.model.projector import make_projector
+from simclr_ray.model.simclr import SimCLR
+from simclr_ray.train.teacher import load_teacher
 from tests.conftest import make_data_set, real_rows
 from tests.unit.evaluate.test_evaluate import make_run, settings
 
@@ -53,13 +60,16 @@ def run(sets: tuple[Manifest, Manifest], tmp_path: Path) -> str:
 
 def test_recipes_are_the_papers() -> None:
     """SimCLR, appendix B.5 and B.6, at ImageNet's size: rates 1.6 and 0.8 at 4096, 90, 60 and 30 epochs."""
-    whole = {"of": 1_281_167, "batch": 4096, "epochs": None, "seed": 0}
+    whole = {"of": 1_281_167, "batch": None, "epochs": None, "seed": 0}
     probe = recipe_of("sgd", labels=1_281_167, **whole)  # type: ignore[arg-type]
     assert (probe.peak, probe.epochs) == (pytest.approx(1.6), 90)
     tuned = [recipe_of("finetune", labels=n, **whole) for n in (12_811, 128_116, 1_281_167)]  # type: ignore[arg-type]
     assert [one.epochs for one in tuned] == [60, 30, 30]
     assert all(one.peak == pytest.approx(0.8) for one in tuned)
-    assert BASE_LEARNING_RATE == {"sgd": 0.1, "finetune": 0.05}
+    assert {one.batch for one in (probe, *tuned)} == {4096}
+    v2 = recipe_of("finetune_v2", labels=12_811, **whole)  # type: ignore[arg-type]
+    assert (v2.batch, v2.peak, v2.epochs) == (1024, pytest.approx(0.16), 60)  # SimCLR v2, section 3
+    assert RATES["finetune"] == ("linear", 0.05)
     assert len(PAPER_L2_GRID) == 45
     assert (PAPER_L2_GRID[0], PAPER_L2_GRID[-1]) == (pytest.approx(1e-6), pytest.approx(1e5))
     ratios = [b / a for a, b in itertools.pairwise(PAPER_L2_GRID)]
@@ -139,16 +149,21 @@ def test_the_probe_leaves_the_encoder_alone_and_fine_tuning_moves_it(sets: tuple
     before = {name: value.clone() for name, value in trained.model.encoder.state_dict().items()}
     made = {
         kind: train_classifier(
-            trained.model.encoder, trained.width, images, trained.policy, Limits(), Recipe(kind, 128, 2, 0),
+            *body_of(trained, kind, everything=False), images, trained.policy, Limits(), Recipe(kind, 128, 2, 0),
             num_classes=10,
         )
-        for kind in ("sgd", "finetune")
+        for kind in get_args(Kind)
     }  # fmt: skip
     assert all(torch.equal(value, before[name]) for name, value in trained.model.encoder.state_dict().items())
-    probe, tuned = (made[kind].encoder.state_dict() for kind in ("sgd", "finetune"))
-    assert all(torch.equal(value, before[name]) for name, value in probe.items())
-    assert not torch.equal(tuned["conv1.weight"], before["conv1.weight"])
-    assert not torch.equal(tuned["bn1.running_mean"], before["bn1.running_mean"])
+    probe = made["sgd"].body.state_dict()
+    assert all(torch.equal(value, before[name.removeprefix("encoder.")]) for name, value in probe.items())
+    for kind in ("finetune", "finetune_v2"):
+        tuned = made[kind].body.state_dict()
+        assert not torch.equal(tuned["encoder.conv1.weight"], before["conv1.weight"])
+        assert not torch.equal(tuned["encoder.bn1.running_mean"], before["bn1.running_mean"])
+        assert {name.partition(".")[0] for name in tuned} == {"encoder", *(["layer"] if kind == "finetune_v2" else [])}
+    layer = trained.model.projector.state_dict()["0.weight"]
+    assert not torch.equal(made["finetune_v2"].body.state_dict()["layer.0.weight"], layer)
     assert made["sgd"].steps == round(400 * 2 / 128)
 
 
@@ -178,6 +193,41 @@ def test_protocols_are_measured_and_written_with_seeds_cost_and_fingerprints(
         assert tensors["head.weight"].shape == (10, 128)
     table = (Path(result.folder) / "protocols.md").read_text()
     assert len(table.splitlines()) == 5
+
+
+def test_fine_tuning_as_in_v2_keeps_the_projectors_first_layer_and_makes_a_teacher(
+    sets: tuple[Manifest, Manifest], run: str
+) -> None:
+    """From the embedding where all labels are used, as in SimCLR v2, section 3."""
+    overrides = ["evaluate.protocols=[finetune_v2]", "evaluate.fractions=[0.1, 1.0]", "evaluate.supervised_epochs=1",
+                 "evaluate.seeds=[0]"]  # fmt: skip
+    result = evaluate(run, overrides, pictures=False)
+    few, whole = (load_file(Path(result.folder) / row.classifier) for row in result.supervised)
+    assert [(row.batch, row.learning_rate) for row in result.supervised] == [
+        (40, pytest.approx(0.005 * math.sqrt(40))), (400, pytest.approx(0.005 * math.sqrt(400))),
+    ]  # fmt: skip
+    assert "layer.0.weight" in few
+    assert not any(name.startswith("layer.") for name in whole)
+    images = torch.randn(5, 3, 28, 28)
+    for row, tensors in zip(result.supervised, (few, whole), strict=True):
+        teacher = load_teacher(DistillConfig(teacher=run, classifier=f"eval/{row.classifier}"))
+        h = teacher.encoder(images)
+        if "layer.0.weight" in tensors:  # dense, batch norm in evaluation mode, ReLU, written out
+            mean, variance = tensors["layer.1.running_mean"], tensors["layer.1.running_var"]
+            h = (h @ tensors["layer.0.weight"].T - mean) / (variance + 1e-5).sqrt()
+            h = torch.relu(h * tensors["layer.1.weight"] + tensors["layer.1.bias"])
+        expected = h @ tensors["head.weight"].T + tensors["head.bias"]
+        assert torch.allclose(teacher(images), expected, atol=1e-5)
+
+
+def test_a_projector_without_a_hidden_layer_that_was_trained_is_refused(run: str) -> None:
+    trained = load_encoder(run)
+    linear = SimCLR(trained.model.encoder, make_projector(trained.width, layers=1))
+    for one in (replace(trained, model=linear), replace(trained, has_projector=False)):
+        with pytest.raises(ConfigError, match="no hidden one that was trained"):
+            body_of(one, "finetune_v2", everything=False)
+        assert body_of(one, "finetune_v2", everything=True)[1] == trained.width
+        assert body_of(one, "finetune", everything=False)[1] == trained.width
 
 
 def test_a_list_of_files_takes_the_place_of_fractions(
