@@ -46,6 +46,10 @@ class ConfigError(SimclrError, ValueError):
     exit_code = 2
 
 
+class HeldError(ConfigError):
+    """Another driver holds the run folder, or did so a moment ago: it may be had later."""
+
+
 class DataError(SimclrError):
     """Images, shards or a manifest that cannot be used."""
 

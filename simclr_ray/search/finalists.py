@@ -40,13 +40,24 @@ class Finalist:
         return statistics.stdev(self.values) if len(self.values) > 1 else math.nan
 
 
-def choose(records: Sequence[TrialRecord], measure: str, count: int) -> list[TrialRecord]:
-    """The best trials, best first, no two of the same settings; trials without a finite score are none."""
-    ranked = sorted(records, key=lambda one: one.objective(measure), reverse=True)
+def choose(
+    records: Sequence[TrialRecord], measure: str, count: int, *, but: Mapping[str, Any] | None = None
+) -> list[TrialRecord]:
+    """The best trials, best first, no two of the same settings; trials without a finite score are none.
+
+    Args:
+        records: All trials.
+        measure: The objective.
+        count: At most so many.
+        but: Settings that are trained again anyway: the given configuration's.
+    """
+    ranked = sorted(records, key=lambda one: one.standing(measure), reverse=True)
     chosen: list[TrialRecord] = []
+    known = [dict(but)] if but else []
     for one in ranked:
-        if len(chosen) < count and one.objective(measure) > WORST and one.settings not in [c.settings for c in chosen]:
+        if len(chosen) < count and one.objective(measure) > WORST and dict(one.settings) not in known:
             chosen.append(one)
+            known.append(dict(one.settings))
     return chosen
 
 
@@ -63,14 +74,14 @@ def cases(chosen: Sequence[tuple[str, Mapping[str, Any]]], spec: SearchSpec, see
 def summarise(
     chosen: Sequence[tuple[str, Mapping[str, Any]]], records: Sequence[TrialRecord], measure: str
 ) -> list[Finalist]:
-    """Finalists, best mean first; those that failed throughout last."""
+    """Finalists, best mean first, those of which a seed failed behind; those that failed throughout last."""
     found = []
     for name, settings in ((GIVEN, {}), *chosen):
         mine = [one for one in records if one.name.startswith(name.replace(" ", "-") + "-seed-")]
         values = [one.objective(measure) for one in mine]
         good = tuple(value for value in values if value > WORST)
         found.append(Finalist(name, settings, good, len(mine) - len(good)))
-    return sorted(found, key=lambda one: -math.inf if math.isnan(one.mean) else one.mean, reverse=True)
+    return sorted(found, key=lambda one: (bool(one.values), not one.failed, one.mean), reverse=True)
 
 
 def verdict(finalists: Sequence[Finalist]) -> str:
@@ -84,13 +95,13 @@ def verdict(finalists: Sequence[Finalist]) -> str:
     lead = first.mean - second.mean
     if math.isnan(first.spread) or math.isnan(second.spread):
         return (
-            f"{first.name} leads {second.name} by {lead:.4g}; with one seed each, nobody knows whether that is more "
-            "than chance (seeds)"
+            f"{first.name} leads {second.name} by {lead:.4g}; with {len(first.values)} and {len(second.values)} seeds, "
+            "nobody knows whether that is more than chance"
         )
     spread = math.sqrt((first.spread**2 + second.spread**2) / 2)
     words = "exceeds" if lead > spread else "does not exceed"
     end = "" if lead > spread else ": take them for equal, or repeat with more seeds"
     return (
-        f"{first.name} leads {second.name} by {lead:.4g}, which {words} the spread over {len(first.values)} seeds, "
-        f"{spread:.4g}{end}"
+        f"{first.name} leads {second.name} by {lead:.4g}, which {words} the spread over "
+        f"{min(len(first.values), len(second.values))} seeds, {spread:.4g}{end}"
     )

@@ -50,8 +50,8 @@ class Identity:
     space: dict[str, Any]
 
     @classmethod
-    def of(cls, config: Config, manifest: Manifest, spec: SearchSpec) -> Identity:
-        """Of a configuration and a space; places of data sets as absolute paths."""
+    def of(cls, config: Config, manifest: Manifest, spec: SearchSpec, measured: Manifest) -> Identity:
+        """Of a configuration, a space and the data set of the objective; places of data sets as absolute paths."""
         evaluate = flat({"evaluate": config.evaluate.model_dump(mode="json")})
         for key in ("evaluate.train", "evaluate.test"):
             evaluate[key] = evaluate[key] and storage.normalise(evaluate[key])
@@ -62,6 +62,7 @@ class Identity:
         }
         space |= {key: value for key, value in flat(values).items() if key not in FREE_FIELDS}
         space["objective.data"] = spec.objective.data and storage.normalise(spec.objective.data)
+        space["objective.data's images"] = measured.fingerprint
         return cls(identity(config, manifest.fingerprint) | evaluate, space)
 
 

@@ -182,10 +182,9 @@ def _views(page: Page) -> list[str]:
     """The winner's views beside those of the given configuration, of the same images."""
     out = []
     for title, settings in (("As given", {}), ("Winner", page.best)):
-        values = {key: value for key, value in settings.items() if key != "run.seed"}
-        words = ", ".join(f"{key}={results.shown(value)}" for key, value in values.items()) or "the configuration"
+        words = ", ".join(f"{key}={results.shown(value)}" for key, value in settings.items()) or "the configuration"
         out.append(f"<p>{escape(title)}: {escape(words)}</p>")
-        pictures = _pictures(with_settings(page.config, values), page.manifest, page.spec.seed)
+        pictures = _pictures(with_settings(page.config, settings), page.manifest, page.spec.seed)
         out.append('<p class="views">' + "".join(f'<img alt="" src="{uri}">' for uri in pictures) + "</p>")
     return out
 

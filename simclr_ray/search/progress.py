@@ -45,8 +45,9 @@ class Progress:
     ) -> None:
         """Prepare; `names` of trials by their case number, empty where a trial's id is its name."""
         self._say, self._folder, self._measure, self._trials, self._names = say, folder, measure, trials, names
-        self._done = sum(one.status != "running" for one in read_records(folder))
-        self._best = max((one.objective(measure) for one in read_records(folder)), default=WORST)
+        before = read_records(folder)
+        self._done = {one.name for one in before if one.status != "running"}
+        self._best = max((one.objective(measure) for one in before), default=WORST)
 
     def scored(self, trial: Any, result: dict[str, Any]) -> None:
         """Say it where it is the best so far."""
@@ -86,13 +87,13 @@ class Progress:
                 record.write(folder)
 
     def _count(self, trial: Any, record: TrialRecord) -> None:
-        self._done += 1
+        self._done.add(record.name)  # one that failed may be tried again by a continued search
         last = record.scores[-1] if record.scores else None
         where = (
             f" at step {last.step}: {named(self._measure)} {shown(last.measures.get(self._measure))}" if last else ""
         )
         why = f" ({' '.join(record.why.split())[:200]})" if record.status == "failed" else ""
-        self._say(f"[{self._done}/{self._trials}] trial {self._name(trial)} {record.status}{where}{why}")
+        self._say(f"[{len(self._done)}/{self._trials}] trial {self._name(trial)} {record.status}{where}{why}")
 
     def _name(self, trial: Any) -> str:
         return self._names[trial.config["case"]] if self._names else str(trial.trial_id)

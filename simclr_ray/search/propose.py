@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from ray.tune.schedulers import (
     PopulationBasedTraining,
     TrialScheduler,
 )
-from ray.tune.search import SearchAlgorithm, Searcher
+from ray.tune.search import ConcurrencyLimiter, SearchAlgorithm, Searcher
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from simclr_ray.config import ClusterConfig
@@ -26,6 +27,10 @@ from simclr_ray.search.space import Distribution, SearchSpec
 OBJECTIVE, SECOND, MODE = "score", "second_score", "max"
 TIME = "training_iteration"
 """Scores of a trial so far."""
+ScoresBefore = Callable[[str], Sequence[float]]
+"""Objectives that the trial of a name had before a search was continued, oldest first."""
+_limit = 0
+"""Trials at a time, of this start."""
 
 
 def domain(values: Distribution) -> Any:
@@ -53,18 +58,53 @@ def domains(spec: SearchSpec) -> dict[str, Any]:
     return {key: domain(values) for key, values in spec.space.items()}
 
 
-def searcher(spec: SearchSpec, side_by_side: int = 0) -> Searcher | SearchAlgorithm:
-    """Who proposes values; the same seed and the same results give the same proposals.
+@contextlib.contextmanager
+def limited(side_by_side: int) -> Iterator[None]:
+    """Have `searcher` propose no more trials at a time than this start has room for.
+
+    Tune keeps a searcher as it was when the search began, with the limit of then; a search that is continued on a
+    smaller cluster would start trials that take each other's CPUs.
+    """
+    global _limit
+    _limit = side_by_side
+    try:
+        yield
+    finally:
+        _limit = 0
+
+
+class _Limited:
+    """A limit that no stored state brings back."""
+
+    @property
+    def max_concurrent(self) -> int:
+        """Trials at a time."""
+        return _limit
+
+    @max_concurrent.setter
+    def max_concurrent(self, value: int) -> None:
+        """Passed over."""
+
+
+class Variants(_Limited, BasicVariantGenerator):  # type: ignore[misc]
+    """Random values and grids."""
+
+
+class Limiter(_Limited, ConcurrencyLimiter):  # type: ignore[misc]
+    """A searcher that learns, asked for so many at a time."""
+
+
+def searcher(spec: SearchSpec) -> Searcher | SearchAlgorithm:
+    """Who proposes values, within `limited`; the same seed and the same results give the same proposals.
 
     Args:
         spec: Of the search.
-        side_by_side: Trials at a time: Tune hands its own setting on to Optuna, but not to its own generator.
 
     Raises:
         ConfigError: optuna is not installed.
     """
     if spec.searcher != "tpe":
-        return BasicVariantGenerator(random_state=spec.seed, max_concurrent=side_by_side)
+        return Variants(random_state=spec.seed)
     try:
         import optuna
     except ImportError:
@@ -75,24 +115,70 @@ def searcher(spec: SearchSpec, side_by_side: int = 0) -> Searcher | SearchAlgori
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    if spec.objective.also is None:
-        return OptunaSearch(seed=spec.seed, metric=OBJECTIVE, mode=MODE)
-    return OptunaSearch(seed=spec.seed, metric=[OBJECTIVE, SECOND], mode=[MODE, MODE])
+    one, two = {"metric": OBJECTIVE, "mode": MODE}, {"metric": [OBJECTIVE, SECOND], "mode": [MODE, MODE]}
+    return Limiter(OptunaSearch(seed=spec.seed, **(two if spec.objective.also else one)), max_concurrent=1)
 
 
-def scheduler(spec: SearchSpec, scores: int) -> TrialScheduler:
-    """Who ends or changes trials; `scores` is how many a whole trial has.
+class _Remembering:
+    """Tells a scheduler, when its search is continued, what its trials had scored: Tune keeps nothing of a scheduler.
+
+    Population-based training needs no telling, for it decides by the newest scores, which come again by themselves.
+    """
+
+    before: ScoresBefore
+
+    def on_trial_add(self, controller: Any, trial: Any) -> None:
+        """A trial begins, or is there again, ended ones too."""
+        super().on_trial_add(controller, trial)  # type: ignore[misc]
+        known = int((trial.last_result or {}).get(TIME, 0))  # later scores are reported again
+        for time, value in enumerate(self.before(trial.trial_id)[:known] if known else (), 1):
+            self.remember(trial, {TIME: time, OBJECTIVE: value})
+
+    def remember(self, trial: Any, result: dict[str, Any]) -> None:
+        """Take in an old score without deciding anything."""
+        raise NotImplementedError
+
+
+class Halving(_Remembering, AsyncHyperBandScheduler):  # type: ignore[misc]
+    """Asynchronous successive halving."""
+
+    def remember(self, trial: Any, result: dict[str, Any]) -> None:
+        """Into the rungs; what would have been decided was."""
+        self.on_trial_result(None, trial, result)
+
+
+class Median(_Remembering, MedianStoppingRule):  # type: ignore[misc]
+    """Ends what is below the others' median."""
+
+    def remember(self, trial: Any, result: dict[str, Any]) -> None:
+        """Into the means that others are compared with."""
+        self._results[trial].append(result)
+
+
+def scheduler(spec: SearchSpec, scores: int, before: ScoresBefore = lambda name: ()) -> TrialScheduler:
+    """Who ends or changes trials.
 
     Each is told its objective here and none by Tune's own setting, which would overwrite the two of `searcher`.
+
+    Args:
+        spec: Of the search.
+        scores: How many a whole trial has.
+        before: What trials of a search that is continued have scored.
     """
     by = {"time_attr": TIME, "metric": OBJECTIVE, "mode": MODE}
+    made: Halving | Median
     match spec.scheduler:
         case "asha":
-            return AsyncHyperBandScheduler(
-                **by, max_t=max(scores, spec.grace), grace_period=spec.grace, reduction_factor=spec.reduction
-            )
+            made = Halving(
+                **by, max_t=max(scores, spec.grace), grace_period=spec.grace, reduction_factor=spec.reduction,
+                stop_last_trials=False,  # a trial ends by itself; one of another batch may have a score more
+            )  # fmt: skip
+            made.before = before
+            return made
         case "median":
-            return MedianStoppingRule(**by, grace_period=spec.grace, min_samples_required=2)
+            made = Median(**by, grace_period=spec.grace, min_samples_required=2)
+            made.before = before
+            return made
         case "pbt":
             # Tune draws who goes on from whom from the global generators.
             random.seed(spec.seed)

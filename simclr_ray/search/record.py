@@ -13,9 +13,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from simclr_ray import storage
-from simclr_ray.search.objective import better_is_more
+from simclr_ray.search.objective import WORST, better_is_more
 
 FILE = "trial.json"
+ALL = 1 << 62
+"""Images that a whole trial counts as having seen: batches that do not divide an epoch end a little apart."""
 Status = Literal["running", "finished", "stopped early", "failed"]
 
 
@@ -90,6 +92,16 @@ class TrialRecord:
             return better_is_more(measure, None)
         return better_is_more(measure, self.scores[-1].measures.get(measure))
 
+    def standing(self, measure: str) -> tuple[bool, int, float]:
+        """What trials are ranked by, more is better: any score, then how far it was trained, then its objective.
+
+        One that was ended early is behind all whole ones, whatever it scored: measures without labels need not rise
+        while a network learns.
+        """
+        seen = ALL if self.status == "finished" else self.scores[-1].samples_seen if self.scores else 0
+        objective = self.objective(measure)
+        return objective > WORST, seen, objective
+
     def both(self, measure: str, also: str) -> tuple[float, float]:
         """Its last score by two measures, more is better."""
         return self.objective(measure), self.objective(also)
@@ -117,6 +129,21 @@ def read_record(folder: str) -> TrialRecord | None:
         for one in values["scores"]
     ]
     return TrialRecord(values["name"], generations, scores, values["status"], values["why"])
+
+
+@dataclass(frozen=True)
+class ScoresBefore:
+    """The objectives that a trial had when a search was continued, oldest first; more is better."""
+
+    folder: str
+    """Of the trials."""
+    measure: str
+
+    def __call__(self, name: str) -> list[float]:
+        """Of one trial; none of a new one."""
+        record = read_record(storage.join(self.folder, name))
+        scores = record.scores if record is not None else []
+        return [better_is_more(self.measure, one.measures.get(self.measure)) for one in scores]
 
 
 def read_records(folder: str) -> list[TrialRecord]:

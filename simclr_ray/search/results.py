@@ -41,7 +41,7 @@ def write_best(folder: str, config: Config, settings: Settings) -> str:
         if values.get(section, {}).get(name):
             values[section][name] = storage.normalise(values[section][name])
     chosen = {**settings, "run.folder": storage.join(folder, "best")}
-    best = load_config(values, [f"{key}={json.dumps(value)}" for key, value in chosen.items() if key != "run.seed"])
+    best = load_config(values, [f"{key}={json.dumps(value)}" for key, value in chosen.items()])
     uri = storage.join(folder, "best.yaml")
     storage.write_bytes(uri, to_yaml(best.model_dump(mode="json", exclude_unset=True)).encode())
     return uri
@@ -85,7 +85,7 @@ def _column(values: list[Any]) -> pa.Array:
 
 def ranked(records: Sequence[TrialRecord], measure: str) -> list[TrialRecord]:
     """Best first."""
-    return sorted(records, key=lambda one: one.objective(measure), reverse=True)
+    return sorted(records, key=lambda one: one.standing(measure), reverse=True)
 
 
 def trial_rows(
@@ -106,8 +106,9 @@ def trial_rows(
 
 
 def front(records: Sequence[TrialRecord], measure: str, also: str) -> list[TrialRecord]:
-    """Trials that no other beats in both, best by the first measure first."""
+    """Whole trials that no other beats in both, best by the first measure first; of all where none is whole."""
     scored = [one for one in ranked(records, measure) if min(one.both(measure, also)) > WORST]
+    scored = [one for one in scored if one.status == "finished"] or scored
     flags = unbeaten([one.both(measure, also) for one in scored])
     return [one for one, kept in zip(scored, flags, strict=True) if kept]
 

@@ -7,6 +7,7 @@ choice, so a space that could propose a mistake is refused, with all its mistake
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -25,6 +26,8 @@ Whole = int  # the name is a field's below
 Scalar = bool | int | float | str | None
 Settings = Mapping[str, Any]
 """Values of a trial, by the full path of their key."""
+MOST_TRIED = 128
+"""Values of a range of whole numbers that are tried, about, in odd steps: "a multiple of 64" holds for few of them."""
 Kind = Literal["uniform", "loguniform", "quniform", "int", "logint", "choice", "grid"]
 
 MEASURES = ("knn_top1", "linear_top1", "rankme", "lidar", "alignment", "uniformity", "alignment_uniformity")
@@ -84,6 +87,9 @@ class Distribution(Section):
             raise ValueError(f"give exactly one of {', '.join(type(self).model_fields)}; here are {len(given)}")
         if self.kind not in ("choice", "grid") and not self.values[0] < self.values[1]:
             raise ValueError(f"{self.kind} needs its first number to be the smaller one")
+        if self.quniform and any(abs(end / self.quniform[2] - round(end / self.quniform[2])) > 1e-9
+                                 for end in self.quniform[:2]):  # fmt: skip
+            raise ValueError(f"quniform needs ends that are multiples of its step, {self.quniform[2]:g}")
         return self
 
     @property
@@ -97,8 +103,16 @@ class Distribution(Section):
         return tuple(getattr(self, self.kind))
 
     def to_try(self) -> tuple[Any, ...]:
-        """Values that must be valid: all of a list, both ends of a range."""
-        return self.values if self.kind in ("choice", "grid") else self.values[:2]
+        """Values that must be valid: all of a list, ends and inner ones of a range."""
+        if self.kind in ("choice", "grid"):
+            return self.values
+        low, high = self.values[:2]
+        if self.kind in ("int", "logint"):
+            return (*range(low, high, (high - low) // MOST_TRIED | 1), high)
+        if self.quniform:
+            step, many = self.quniform[2], round((high - low) / self.quniform[2])
+            return (*(low + step * i for i in range(0, many, many // MOST_TRIED | 1)), high)
+        return low, high, low + (high - low) / math.pi  # where only whole numbers will do, this one is refused
 
     def clamped(self, value: Any) -> Any:
         """The nearest value inside."""
@@ -193,6 +207,11 @@ class SearchSpec(Section):
         return self
 
     @property
+    def keep(self) -> int:
+        """Measured checkpoints of a trial to keep: PBT takes one of up to so many scores ago."""
+        return 2 * self.perturb_every + 1
+
+    @property
     def num_trials(self) -> int:
         """How many there will be."""
         if self.trials is not None:
@@ -220,9 +239,13 @@ def load_space(source: SearchSpec | Mapping[str, Any] | str | Path) -> SearchSpe
     try:
         spec = SearchSpec.model_validate(values)
     except ValidationError as error:
-        found = [one for one in error.errors(include_url=False) if one["loc"][:2] != ("objective", "measure")]
-        measure = [] if problems else [one for one in error.errors(include_url=False) if one not in found]
-        problems += [describe(one, all_keys(SearchSpec)) for one in (*found, *_merged(measure))]
+        every = error.errors(include_url=False)
+        refused = [("objective", problem.split(":")[0].removeprefix("objective.")) for problem in problems]
+        measure = [one for one in every if one["loc"][:2] == ("objective", "measure")]
+        others = [one for one in every if one not in measure]
+        problems += [
+            describe(one, all_keys(SearchSpec)) for one in (*others, *_merged(measure)) if one["loc"][:2] not in refused
+        ]
     if problems:
         raise listing(problems, "the space")
     return spec
@@ -242,7 +265,7 @@ def check_space(spec: SearchSpec, config: Config, manifest: Manifest) -> None:
         elif (reason := why_not(key)) is not None:
             problems.append(f"{key}: cannot be searched: {reason}")
         else:
-            problems += _refused(key, values.to_try(), config, manifest)
+            problems += _refused(key, values, config, manifest)
     if "train.global_batch" in spec.space and config.train.steps is not None:
         problems.append(
             "train.global_batch: trials of so many steps would see different numbers of images; give the length as "
@@ -285,7 +308,15 @@ def with_settings(config: Config, settings: Settings) -> Config:
     return load_config(config, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
 
 
-def _refused(key: str, values: Sequence[Any], config: Config, manifest: Manifest) -> Iterator[str]:
+def _refused(key: str, values: Distribution, config: Config, manifest: Manifest) -> Iterator[str]:
+    """A sentence for each value that cannot be; one for many of a range."""
+    found = list(_mistakes(key, values.to_try(), config, manifest))
+    if values.kind in ("int", "logint", "quniform") and len(found) > 1:
+        found = [f"{found[0]} (as {len(found)} of {len(values.to_try())} tried; list those that can be, as choice)"]
+    yield from dict.fromkeys(found)
+
+
+def _mistakes(key: str, values: Sequence[Any], config: Config, manifest: Manifest) -> Iterator[str]:
     for value in values:
         try:
             derive(with_settings(config, {key: value}), manifest)
@@ -297,10 +328,12 @@ def _refused(key: str, values: Sequence[Any], config: Config, manifest: Manifest
 
 def _loss_named(values: Mapping[str, Any]) -> list[str]:
     objective = values.get("objective")
-    measure = objective.get("measure") if isinstance(objective, Mapping) else None
-    if isinstance(measure, str) and ("loss" in measure or "contrastive" in measure):
-        return [f"objective.measure: {measure!r} is refused: {LOSS_REASON}; use one of auto, {', '.join(MEASURES)}"]
-    return []
+    named = {key: objective.get(key) for key in ("measure", "also")} if isinstance(objective, Mapping) else {}
+    return [
+        f"objective.{key}: {measure!r} is refused: {LOSS_REASON}; use one of {', '.join(MEASURES)}"
+        for key, measure in named.items()
+        if isinstance(measure, str) and ("loss" in measure or "contrastive" in measure)
+    ]
 
 
 def _merged(errors: Sequence[Any]) -> list[Any]:

@@ -23,7 +23,7 @@ from ray import tune
 from simclr_ray import storage
 from simclr_ray.config import Config
 from simclr_ray.data.manifest import read_manifest
-from simclr_ray.errors import ClusterError, ConfigError, DataError, NumericsError, root_cause
+from simclr_ray.errors import ClusterError, ConfigError, DataError, HeldError, NumericsError, root_cause
 from simclr_ray.search.objective import better_is_more, score_checkpoint
 from simclr_ray.search.propose import OBJECTIVE, SECOND
 from simclr_ray.search.record import Generation, Place, Score, TrialRecord, read_record
@@ -36,8 +36,6 @@ from simclr_ray.train.run import RunFolder
 POINTER = "pointer.json"
 MEMORY_BYTES = 1 << 20
 """A trial asks for this and nothing else, for Tune wants to place something."""
-KEEP = 3
-"""Newest measured checkpoints of a trial to keep: others may go on from one that is no longer the newest."""
 ALL = 1_000_000
 """Checkpoints that the training keeps: none may go before it is measured; the trial deletes those that were."""
 LOOK_S, LOOK_FAR_S = 0.5, 3.0
@@ -61,6 +59,8 @@ class TrialPlan:
     objective: ObjectiveSpec
     measure: str
     stall_s: float
+    keep: int
+    """Newest measured checkpoints of a trial to keep: others may go on from one that is no longer the newest."""
     probe: Any
     """Reference to the `ProbeSet`."""
     cases: Sequence[tuple[str, Settings]] = ()
@@ -92,12 +92,16 @@ class Rungs:
 class Training:
     """`pretrain` in a thread."""
 
-    def __init__(self, config: Config, origin: Place | None) -> None:
-        self._config, self._origin = config, Origin(origin.run, origin.step) if origin else None
+    def __init__(self, config: Config, origin: Origin | None) -> None:
+        self._config, self._origin = config, origin
         self._stop = threading.Event()
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._train, name="training", daemon=True)
         self._thread.start()
+
+    def again(self) -> Training:
+        """The same once more; it continues where its run folder stands."""
+        return Training(self._config, self._origin)
 
     @property
     def running(self) -> bool:
@@ -189,12 +193,12 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         if self._pointer is not None and self._pointer.run != self._run.uri:
             # A life that began from another's checkpoint has scored nothing yet, or it was lost: it goes on from there.
             self._pointer = Place(self._run.uri, mine.origin.step if mine.origin else 0)
-        self._training = Training(config, mine.origin)
+        origin = Origin(mine.origin.run, mine.origin.step) if mine.origin else None
+        self._training = Training(config, origin)
 
     def _config_of(self, generation: Generation) -> Config:
         plan = self._plan
-        values = {key: value for key, value in generation.settings.items() if key != "run.folder"}
-        trial = with_settings(plan.config, values)
+        trial = with_settings(plan.config, generation.settings)
         total = derive(trial, read_manifest(storage.normalise(str(trial.data.train)))).total_steps
         self._rungs = Rungs.of(plan.config, trial, plan.objective.every, total)
         self._batch = trial.train.global_batch
@@ -225,20 +229,27 @@ class Trial(tune.Trainable):  # type: ignore[misc]
     def _wait_for(self, due: int) -> int:
         """The first committed step from `due` on; a save may have been passed over because the one before was slow."""
         assert self._training is not None
-        since = time.monotonic()
+        since, begun = time.monotonic(), False
         while True:
             running = self._training.running
             steps = [step for step in ckpt.committed_steps(self._run.checkpoints) if step >= due]
             if steps:
                 return steps[0]
-            if not running:
+            # Waiting for nodes is no standing still, and has its own limit (cluster.start_timeout_s).
+            begun = begun or ((self._run.info() or {}).get("attempts") or 0) > 0
+            since = since if begun else time.monotonic()
+            if not running and isinstance(self._training.error, HeldError):
+                # By this trial's life on a host that was lost, which can no longer say so; its lock falls by its age.
+                time.sleep(LOOK_FAR_S)
+                self._training = self._training.again()
+            elif not running:
                 raise self._training.error or ClusterError(
                     "the training ended without a checkpoint", where=self._run.uri, expected=f"one of step {due}"
                 )
             if time.monotonic() - since > self._plan.stall_s:
                 raise StalledError(
                     f"no checkpoint of step {due} came for {self._plan.stall_s:g} s", where=self._run.uri,
-                    fix="raise stall_s in the space where nodes or steps take longer",
+                    fix="a search with a larger stall_s waits longer, where steps take so long",
                 )  # fmt: skip
             self._training.wait(LOOK_S if storage.is_local(self._run.uri) else LOOK_FAR_S)
 
@@ -254,7 +265,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         except ray.exceptions.GetTimeoutError:
             raise StalledError(
                 f"step {step} was not measured within {self._plan.stall_s:g} s", where=self._run.uri,
-                fix="raise stall_s in the space, or ask for fewer images or less in objective.cpus",
+                fix="a search with a larger stall_s waits longer; or ask for fewer images or less in objective.cpus",
             ) from None  # fmt: skip
         except ray.exceptions.RayTaskError as error:
             raise root_cause(error) or error from None
@@ -262,9 +273,9 @@ class Trial(tune.Trainable):  # type: ignore[misc]
     def _trim(self) -> None:
         """Delete checkpoints before the newest that were measured."""
         scored = sorted(one.step for one in self._record.scores if one.generation == len(self._record.generations))
-        if len(scored) > KEEP:
+        if len(scored) > self._plan.keep:
             committed = ckpt.committed_steps(self._run.checkpoints)
-            ckpt.forget(self._run.checkpoints, [step for step in committed if step < scored[-KEEP]])
+            ckpt.forget(self._run.checkpoints, [step for step in committed if step < scored[-self._plan.keep]])
 
     def _end(self, why: str) -> dict[str, Any]:
         """A trial that no retry would mend, as the worst of all."""

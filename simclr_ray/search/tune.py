@@ -13,23 +13,23 @@ Running it again with the same folder continues it; a search that is done is not
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune as ray_tune
-from ray.tune.search import Searcher
-from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from simclr_ray import storage
 from simclr_ray.config import Config
-from simclr_ray.configure import ConfigSource, load_config, use_storage
+from simclr_ray.configure import ConfigSource, flat, load_config, use_storage
 from simclr_ray.data.manifest import Manifest, read_manifest
 from simclr_ray.errors import ClusterError, ConfigError, root_cause
 from simclr_ray.observe.console import Console
@@ -40,8 +40,8 @@ from simclr_ray.search.page import Page, write_page
 from simclr_ray.search.preflight import require_dashboard, require_state_api
 from simclr_ray.search.probe import ProbeSet, read_probe
 from simclr_ray.search.progress import Progress, Told, listening
-from simclr_ray.search.propose import domains, scheduler, searcher, side_by_side
-from simclr_ray.search.record import TrialRecord, read_records
+from simclr_ray.search.propose import Variants, domains, limited, scheduler, searcher, side_by_side
+from simclr_ray.search.record import ScoresBefore, TrialRecord, read_records
 from simclr_ray.search.space import LABELLED, SearchSpec, check_space, labelled_named, load_space
 from simclr_ray.search.trial import MEMORY_BYTES, Rungs, Trial, TrialPlan
 from simclr_ray.train.cluster import connected, prints_logged, refuse_other_versions, variables
@@ -74,6 +74,8 @@ class _Search:
     config: Config
     spec: SearchSpec
     manifest: Manifest
+    measured: Manifest
+    """Of the images of the objective."""
     total_steps: int
     console: Console
 
@@ -112,8 +114,10 @@ def tune(
     manifest = read_manifest(storage.normalise(str(settings.data.train)))
     check_space(spec, settings, manifest)
     at = SearchFolder(storage.normalise(folder))
-    search = _Search(at, settings, spec, manifest, derive(settings, manifest).total_steps, Console())
-    mine = Identity.of(settings, manifest, spec)
+    source = spec.objective.data or settings.evaluate.train or settings.data.train
+    measured = read_manifest(storage.normalise(str(source)))
+    search = _Search(at, settings, spec, manifest, measured, derive(settings, manifest).total_steps, Console())
+    mine = Identity.of(settings, manifest, spec, measured)
     look(at, mine)
     require_dashboard(settings.cluster)
     with hold(search.folder, search.console.say):
@@ -153,15 +157,17 @@ def _run(search: _Search) -> SearchResult:
     trials = TrialPlan(
         search.at.path("trials"),
         search.config.model_copy(update={"cluster": cluster.model_copy(update={"address": address})}),
-        spec.objective, measure, spec.stall_s, probe,
+        spec.objective, measure, spec.stall_s, spec.keep, probe,
     )  # fmt: skip
     scores = len(Rungs.of(search.config, search.config, spec.objective.every, search.total_steps).steps)
     _fit(
         search, "search", trials, domains(spec), spec.num_trials, count,
-        search_alg=searcher(spec, count), scheduler=scheduler(spec, scores), num_samples=spec.trials or 1,
+        search_alg=searcher(spec), scheduler=scheduler(spec, scores, ScoresBefore(trials.folder, measure)),
+        num_samples=spec.trials or 1,
     )  # fmt: skip
     records = read_records(search.at.path("trials"))
-    chosen = final.choose(records, measure, spec.finalists)
+    given = flat(search.config.model_dump(mode="json"))
+    chosen = final.choose(records, measure, spec.finalists, but={key: given[key] for key in search.keys})
     if not final.choose(records, measure, 1):
         search.at.update(status="failed")
         for line in results.failures(records):
@@ -185,25 +191,16 @@ def _finals(search: _Search, trials: TrialPlan, chosen: Sequence[TrialRecord], c
         listed = [[one.name, dict(one.settings)] for one in chosen]
         storage.write_bytes(search.at.path(FINALISTS), json.dumps(listed, indent=1).encode())
     cases = final.cases([(name, values) for name, values in listed], search.spec, search.config.run.seed)
-    plan = TrialPlan(
-        search.at.path("finalists"),
-        trials.config,
-        trials.objective,
-        trials.measure,
-        trials.stall_s,
-        trials.probe,
-        cases,
-    )
+    plan = replace(trials, folder=search.at.path("finalists"), cases=cases)
     search.console.say(f"finalists: {len(listed)} and the configuration as given, {search.spec.seeds} seeds each")
     space = {"case": ray_tune.grid_search(list(range(len(cases))))}
-    _fit(search, "finalists", plan, space, len(cases), count, search_alg=BasicVariantGenerator(max_concurrent=count))
+    _fit(search, "finalists", plan, space, len(cases), count, search_alg=Variants())
 
 
 def _probe(search: _Search) -> tuple[Any, str]:
     """A reference to the images of the search, read by a task, and the measure that they allow."""
     spec, config = search.spec.objective, search.config
-    source = spec.data or config.evaluate.train or config.data.train
-    manifest = read_manifest(storage.normalise(str(source)))
+    manifest = search.measured
     named = labelled_named(search.spec, config)
     read = ray.remote(num_cpus=1)(_read_probe)
     probe, labelled, count = read.options(num_returns=3).remote(manifest, config, search.spec, named)
@@ -249,7 +246,6 @@ def _fit(
     Raises:
         KeyboardInterrupt: it was stopped.
     """
-    by_itself = isinstance(how["search_alg"], Searcher)
     trainable = ray_tune.with_resources(ray_tune.with_parameters(Trial, plan=plan), {"CPU": 0, "memory": MEMORY_BYTES})
     path = search.at.path("tune", name)
     if ray_tune.Tuner.can_restore(path):
@@ -259,7 +255,6 @@ def _fit(
             trainable,
             param_space=dict(space),
             tune_config=ray_tune.TuneConfig(
-                max_concurrent_trials=count if by_itself else None,
                 trial_dirname_creator=_dirname,
                 **how,
             ),
@@ -269,13 +264,16 @@ def _fit(
                 verbose=0,
                 callbacks=[Told()],
                 failure_config=ray_tune.FailureConfig(max_failures=TRIES),
-                checkpoint_config=ray_tune.CheckpointConfig(checkpoint_frequency=1, num_to_keep=3),
+                checkpoint_config=ray_tune.CheckpointConfig(checkpoint_frequency=1, num_to_keep=plan.keep),
             ),
         )
     progress = Progress(search.console.say, plan.folder, plan.measure, trials, [case for case, _ in plan.cases])
     stopped = _Stopped(search.console.say)
-    with listening(progress), graceful_stop(stopped):
-        tuner.fit()
+    with limited(count), listening(progress), graceful_stop(stopped), _interruptible():
+        try:
+            tuner.fit()
+        except KeyboardInterrupt:
+            stopped.asked = True
     if stopped.asked:
         search.at.update(status="interrupted")
         search.console.say("interrupted; run the same command again to continue the search")
@@ -294,6 +292,19 @@ class _Stopped:
         self.asked = True
         self._say("stopping; once more to stop at once")
         os.kill(os.getpid(), signal.SIGUSR1)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """What `_Stopped` sends ends the process, as long as Tune has not set its own way; here it is an interrupt."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def _dirname(trial: Any) -> str:

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from simclr_ray import storage
-from simclr_ray.errors import ConfigError, StorageError
+from simclr_ray.errors import HeldError, StorageError
 
 LOCK_NAME = "lock.json"
 BEAT_S = 10.0
@@ -103,7 +103,7 @@ class RunLock:
         """Take the lock, or say who has it.
 
         Raises:
-            ConfigError: another driver holds it.
+            HeldError: another driver holds it.
             StorageError: the folder cannot be written.
         """
         while not (self._create_or_take(say) and self._is_settled()):
@@ -163,7 +163,7 @@ class RunLock:
         age = time.time() - holder.beaten
         if _is_dead_here(holder) or not 0 <= age < self._pace.stale_s:
             return
-        raise ConfigError(
+        raise HeldError(
             "another run holds this folder",
             where=self._uri,
             got=f"process {holder.pid} on {holder.host}, last heartbeat {age:.0f} s ago",
@@ -215,7 +215,7 @@ def hold(folder: str, say: Callable[[str], None], pace: Pace | None = None) -> I
         pace: Times.
 
     Raises:
-        ConfigError: another driver holds it.
+        HeldError: another driver holds it.
         StorageError: the folder cannot be written.
     """
     lock = RunLock(folder, pace or Pace())

@@ -73,16 +73,17 @@ def by_temperature(folder: Path) -> dict[float, TrialRecord]:
 def test_a_search_on_two_cpus_leaves_a_configuration_that_pretrain_takes(data_set: Manifest, tmp_path: Path) -> None:
     """One worker and one CPU for the stream: a trial that held a CPU of its own would wait for itself."""
     folder = tmp_path / "search"
-    config, space = files(folder, data_set, grid(0.1, 0.5), train__steps=4)
+    asked = {"space": {"loss.temperature": {"uniform": [0.1, 0.5]}}, "trials": 1}
+    config, space = files(folder, data_set, asked, train__steps=4)
     code, output = run(*tune_command(config, space, folder))
     assert code == 0, output
     records = read_records(str(folder / "trials"))
-    assert [one.status for one in records] == ["finished", "finished"], output
-    assert [[score.step for score in one.scores] for one in records] == [[4], [4]]
-    assert "[2/2]" in output
+    assert [one.status for one in records] == ["finished"], output
+    assert [[score.step for score in one.scores] for one in records] == [[4]]
+    assert "[1/1]" in output
     assert "Configuration for experiment" not in output  # Tune's own
     best = load_config(folder / "best.yaml")
-    assert best.loss.temperature in (0.1, 0.5)
+    assert best.loss.temperature == records[0].settings["loss.temperature"]
     assert best.run.folder == str(folder / "best")
     assert (folder / "search.html").is_file()
     assert (folder / "trials.parquet").is_file()
@@ -172,6 +173,35 @@ def test_row_48_a_killed_search_goes_on_where_it_stood(data_set: Manifest, tmp_p
     interrupted = next(one for one in before.values() if one.status == "running" and one.scores)
     run_info = json.loads((Path(interrupted.generations[0].run) / "run.json").read_text())
     assert run_info["attempts"] == 2  # it went on; a new one would have begun at step 0 in a folder of its own
+
+
+@pytest.mark.slow
+def test_row_48_a_search_that_was_interrupted_goes_on(data_set: Manifest, tmp_path: Path) -> None:
+    """Ctrl-C while it starts, and in the middle of a trial."""
+    folder = tmp_path / "search"
+    config, space = files(folder, data_set, grid(0.1, 0.5), train__steps=400, optim__warmup_epochs=1)
+    space.write_text(space.read_text().replace("every: 5", "every: 100"))
+    with started(*tune_command(config, space, folder)) as process:
+        wait_for(lambda: (folder / "search.json").is_file(), timeout_s=120)
+        os.kill(process.pid, signal.SIGINT)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 130, output
+    with started(*tune_command(config, space, folder)) as process:
+        wait_for(lambda: any(one.scores for one in read_records(str(folder / "trials"))), timeout_s=600)
+        os.kill(process.pid, signal.SIGINT)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 130, output
+    assert "run the same command again to continue the search" in output
+    before = read_records(str(folder / "trials"))
+    code, output = run(*tune_command(config, space, folder))
+    assert code == 0, output
+    after = {one.name: one for one in read_records(str(folder / "trials"))}
+    assert {one.status for one in after.values()} == {"finished"}
+    assert len(after) == 2
+    for one in before:
+        assert after[one.name].scores[: len(one.scores)] == one.scores
+        steps = [record.step for record in read_jsonl(Path(one.generations[0].run) / "metrics.jsonl")]
+        assert steps == list(range(1, 401))
 
 
 @pytest.mark.slow

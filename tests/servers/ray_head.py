@@ -103,15 +103,15 @@ def ray_head(
                 command, env=clean_environment() | auth, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
         try:
-            _wait(f"http://127.0.0.1:{dashboard}/api/jobs/", process, output)
+            wait_for_jobs(f"http://127.0.0.1:{dashboard}/api/jobs/", process, output)
             yield RayHead(
                 f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", f"http://127.0.0.1:{metrics}/metrics", auth
             )
         finally:
-            _end(process)
+            end(process)
 
 
-def _wait(url: str, process: subprocess.Popen[bytes], output: Path) -> None:
+def wait_for_jobs(url: str, process: subprocess.Popen[bytes], output: Path) -> None:
     end = time.monotonic() + STARTED_WITHIN_S
     while True:
         assert process.poll() is None, output.read_text()[-3000:]
@@ -127,8 +127,8 @@ def _wait(url: str, process: subprocess.Popen[bytes], output: Path) -> None:
         time.sleep(0.2)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the head and all it started; some of them are in sessions of their own."""
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a node and all it started; some of them are in sessions of their own."""
     with contextlib.suppress(psutil.NoSuchProcess):
         below = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGTERM)

@@ -28,6 +28,8 @@ import botocore.session
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from tests.servers.hosts import Host
+
 HOST = "127.0.0.1"
 REGION = "us-east-1"
 ACCESS_KEY, SECRET_KEY = "test-access-key", "test-secret-key-of-no-worth"
@@ -62,10 +64,14 @@ def free_port() -> int:
 class Seaweed:
     """A server over one folder. `start` waits until it takes requests; `stop` ends it; both may follow each other."""
 
-    def __init__(self, folder: Path, *, port: int | None = None, buckets: tuple[str, ...] = BUCKETS) -> None:
-        self.folder, self.buckets = folder, buckets
+    def __init__(
+        self, folder: Path, *, port: int | None = None, buckets: tuple[str, ...] = BUCKETS, host: Host | None = None
+    ) -> None:
+        """`host`: where it runs, see tests/servers/hosts.py; None: here, and nobody else reaches it."""
+        self.folder, self.buckets, self._host = folder, buckets, host
         self.port = port or free_port()
-        self.endpoint = f"http://{HOST}:{self.port}"
+        self._address = host.address if host else HOST
+        self.endpoint = f"http://{self._address}:{self.port}"
         # Kept for the next start over the same folder: the services remember each other by these.
         self._ports = [f"-{name}.port={free_port()}" for name in ("master", "volume", "filer", "admin")]
         self._ports += [f"-{name}.port.grpc={free_port()}" for name in ("master", "volume", "filer", "s3", "admin")]
@@ -79,9 +85,10 @@ class Seaweed:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "identities.json").write_text(json.dumps(_reader(self.buckets)))
         (self.folder / "data").mkdir(exist_ok=True)
+        command = [weed, "-logtostderr", "mini", *self._options()]
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
-                [weed, "-logtostderr", "mini", *self._options()],
+                self._host.command(command) if self._host else command,
                 env={**os.environ, "AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY},
                 stdout=log, stderr=log, start_new_session=True, preexec_fn=_die_with_parent if main_thread else None,
             )  # fmt: skip
@@ -117,8 +124,8 @@ class Seaweed:
     def _options(self) -> list[str]:
         return [
             f"-dir={self.folder / 'data'}",
-            f"-ip={HOST}",
-            f"-ip.bind={HOST}",
+            f"-ip={self._address}",
+            f"-ip.bind={self._address}",
             "-master.telemetry=false",
             "-webdav=false",
             "-admin.ui=false",

@@ -11,14 +11,16 @@ from simclr_ray.data.manifest import Manifest
 from simclr_ray.errors import ConfigError
 from simclr_ray.search.folder import FORMAT, Identity, SearchFolder, look
 from simclr_ray.search.space import load_space
-from tests.conftest import small_run
+from tests.conftest import make_data_set, real_rows, small_run
 
 
-def identity(tmp_path: Path, manifest: Manifest, changes: dict[str, Any] | None = None, **config: Any) -> Identity:
+def identity(
+    tmp_path: Path, manifest: Manifest, changes: dict[str, Any] | None = None, measured: Manifest | None = None,
+    **config: Any,
+) -> Identity:  # fmt: skip
     space = {"space": {"loss.temperature": {"uniform": [0.1, 1.0]}}, "trials": 4, "objective": {"every": 5}}
-    return Identity.of(
-        small_run(tmp_path / "x", manifest, train__steps=10, **config), manifest, load_space(space | (changes or {}))
-    )
+    run = small_run(tmp_path / "x", manifest, train__steps=10, **config)
+    return Identity.of(run, manifest, load_space(space | (changes or {})), measured or manifest)
 
 
 def begun(tmp_path: Path, manifest: Manifest) -> SearchFolder:
@@ -53,3 +55,10 @@ def test_another_search_is_refused_field_by_field(
     with pytest.raises(ConfigError) as caught:
         look(folder, identity(tmp_path, data_set, changes, **config))
     assert words in str(caught.value)
+
+
+def test_a_search_whose_measured_images_were_packed_anew_is_refused(data_set: Manifest, tmp_path: Path) -> None:
+    folder = begun(tmp_path, data_set)
+    other = make_data_set(tmp_path / "other", real_rows(32))
+    with pytest.raises(ConfigError, match=r"objective\.data's images: the run has"):
+        look(folder, identity(tmp_path, data_set, measured=other))

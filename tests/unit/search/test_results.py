@@ -81,9 +81,20 @@ def test_row_48_nan_failed_and_unscored_trials_are_worst() -> None:
     assert trial("failed", 0.9, status="failed").objective("knn_top1") == WORST
 
 
-def test_finalists_are_of_different_settings() -> None:
+def test_finalists_are_of_different_settings_and_other_than_the_given_ones() -> None:
     records = [trial("a", 0.5), trial("b", 0.4), trial("c", 0.3, temperature=0.2)]
     assert [one.name for one in choose(records, "knn_top1", 2)] == ["a", "c"]
+    assert [one.name for one in choose(records, "knn_top1", 2, but={KEY: 0.1})] == ["c"]
+
+
+def test_a_trial_that_was_ended_early_is_behind_whole_ones() -> None:
+    """RankMe of a network that has learned nothing is the highest of all."""
+    records = [trial("early", 0.9, steps=(5,), status="stopped early"), trial("whole", 0.4), trial("worse", 0.3),
+               trial("earliest", 0.8, steps=(2,), status="stopped early")]  # fmt: skip
+    assert [one.name for one in results.ranked(records, "rankme")] == ["whole", "worse", "early", "earliest"]
+    assert [one.name for one in choose(records, "rankme", 1)] == ["whole"]
+    assert [one.name for one in results.front(records, "rankme", "lidar")] == ["whole", "worse"]
+    assert [one.name for one in results.front([records[0], records[3]], "rankme", "knn_top1")] == ["early"]
 
 
 def test_finalists_and_the_given_configuration_train_by_seeds_that_the_search_did_not_use() -> None:
@@ -100,9 +111,9 @@ def test_means_and_spreads_are_over_seeds_that_did_not_fail() -> None:
     again = [trial("as-given-seed-8", 0.1), trial("as-given-seed-9", 0.3), trial("a-seed-8", 0.5),
              trial("a-seed-9", math.nan)]  # fmt: skip
     first, second = summarise([("a", {KEY: 0.3})], again, "knn_top1")
-    assert (first.name, first.values, first.failed) == ("a", (0.5,), 1)
-    assert math.isnan(first.spread)
-    assert (second.name, second.mean, second.spread) == (GIVEN, pytest.approx(0.2), pytest.approx(0.1 * math.sqrt(2)))
+    assert (first.name, first.mean, first.spread) == (GIVEN, pytest.approx(0.2), pytest.approx(0.1 * math.sqrt(2)))
+    assert (second.name, second.values, second.failed) == ("a", (0.5,), 1)  # a lucky survivor does not win
+    assert math.isnan(second.spread)
 
 
 def test_the_verdict_says_whether_the_lead_exceeds_the_spread() -> None:
@@ -116,6 +127,7 @@ def test_the_verdict_says_whether_the_lead_exceeds_the_spread() -> None:
     assert "does not exceed" in text
     assert "take them for equal" in text
     assert "nobody knows" in verdict([of("a", 0.4), of("b", 0.3)])
+    assert "with 3 and 1 seeds" in verdict([of("a", 0.4, 0.4, 0.4), of("b", 0.3)])
     assert "only finalist" in verdict([of("a", 0.4, 0.5), of("b")])
     assert "no finalist" in verdict([of("a")])
 
@@ -123,7 +135,7 @@ def test_the_verdict_says_whether_the_lead_exceeds_the_spread() -> None:
 def test_the_best_configuration_is_taken_by_pretrain_as_it_is(data_set: Manifest, tmp_path: Path) -> None:
     """That it trains is shown by tests/faults/test_search_faults.py."""
     config = small_run(tmp_path / "run", data_set, train__steps=10)
-    uri = results.write_best(str(tmp_path), config, {KEY: 0.25, "views.strength": 0.75, "run.seed": 99})
+    uri = results.write_best(str(tmp_path), config, {KEY: 0.25, "views.strength": 0.75})
     best = load_config(uri)
     assert best.loss.temperature == 0.25
     assert best.views.strength == 0.75

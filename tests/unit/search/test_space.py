@@ -60,6 +60,37 @@ def test_a_second_objective_needs_a_searcher_that_takes_two(data_set: Manifest, 
     assert "objective.also: knn_top1 needs labels" in refusal(labelled, tmp_path, data_set, **unlabelled)
 
 
+@pytest.mark.parametrize(
+    ("key", "values", "words"),
+    [
+        ("model.projector_layers", {"uniform": [1, 3]}, "model.projector_layers: got 1.6"),
+        ("train.global_batch", {"loguniform": [32, 64]}, "train.global_batch: got 42.1"),
+        ("train.global_batch", {"int": [32, 64]}, "tried; list those that can be, as choice"),
+        ("train.global_batch", {"quniform": [32, 64, 8]}, "(as 2 of 5 tried"),
+    ],
+)
+def test_values_between_the_ends_are_tried_too(
+    key: str, values: dict[str, Any], words: str, data_set: Manifest, tmp_path: Path
+) -> None:
+    """Units have 16 images, and batches are whole units."""
+    assert words in refusal(spec(space={key: values}), tmp_path, data_set)
+
+
+def test_ranges_whose_every_value_can_be_are_taken(data_set: Manifest, tmp_path: Path) -> None:
+    space = {"train.global_batch": {"quniform": [32, 64, 16]}, "model.projector_layers": {"int": [1, 4]},
+             "model.projector_hidden": {"logint": [16, 4096]}}  # fmt: skip
+    check_space(load_space(spec(space=space)), small_run(tmp_path, data_set, train__epochs=2), data_set)
+    with pytest.raises(ConfigError, match=r"ends that are multiples of its step, 0\.25"):
+        load_space(spec(space={"loss.temperature": {"quniform": [0.1, 1.0, 0.25]}}))
+
+
+def test_the_loss_is_refused_as_a_second_objective_too() -> None:
+    for objective in ({"every": 5, "also": "loss"}, {"every": 5, "measure": "train/loss", "also": "contrastive"}):
+        with pytest.raises(ConfigError) as caught:
+            load_space(spec(searcher="tpe", objective=objective))
+        assert str(caught.value).count("so the best loss is that of the easiest task") == len(objective) - 1
+
+
 def test_a_mistyped_key_gets_a_suggestion_and_all_mistakes_come_at_once(data_set: Manifest, tmp_path: Path) -> None:
     space = {
         "loss.temprature": {"uniform": [0.1, 1]},
