@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import ray
 import ray._private.worker
@@ -13,7 +14,8 @@ from ray._private.authentication.authentication_utils import is_token_auth_enabl
 from ray._private.state import state
 
 from simclr_ray.config import ClusterConfig, Config
-from simclr_ray.errors import ClusterError
+from simclr_ray.data.manifest import Manifest
+from simclr_ray.errors import ClusterError, root_cause
 from simclr_ray.train.cluster import (
     ask_nodes,
     connected,
@@ -23,15 +25,20 @@ from simclr_ray.train.cluster import (
     resolve_workers,
     versions,
 )
+from simclr_ray.train.cost import Rates
 from simclr_ray.train.dashboard import exposure, knock, on_this_machine
 from simclr_ray.train.derive import Derived, bytes_ahead, check_world_size
+from simclr_ray.train.measure import measure_step, measure_stream
 from simclr_ray.train.planes import Planes, planes_of
 
+ROOM_S = 45.0
+"""Longest wait for room on a node, and for what is measured there."""
 ANSWER_S = 20.0
 """Longest wait for the nodes; a process starts and loads torch there."""
 FULL = 0.95
 """Ray does not spill to a disk that is fuller (its `local_fs_capacity_threshold`)."""
 _GIB = 1 << 30
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,11 +56,13 @@ def is_given(config: ClusterConfig) -> bool:
     return bool(config.address or os.environ.get("RAY_ADDRESS"))
 
 
-def cluster_findings(config: Config, derived: Derived) -> Iterator[str]:
-    """Yield findings about the cluster that is given, a sentence each.
+def cluster_findings(config: Config, manifest: Manifest, derived: Derived) -> Iterator[str | Rates]:
+    """Yield findings about the cluster that is given, a sentence each, and in the end what was measured on its nodes.
 
     Raises:
         ClusterError: it does not answer, its nodes have other versions, or what is asked can never be had there.
+        DataError: more images than the limit cannot be used.
+        StorageError: a node cannot read the images.
     """
     with connected(config.cluster), prints_logged():
         planes = planes_of(config.cluster, ray.nodes())
@@ -68,6 +77,45 @@ def cluster_findings(config: Config, derived: Derived) -> Iterator[str]:
             f"; {', '.join(silent)} did not answer within {ANSWER_S:.0f} s" if silent else ""
         )
         yield from disks(facts, bytes_ahead(config, derived))
+        yield from _measured_there(config, manifest, planes)
+
+
+def _measured_there(config: Config, manifest: Manifest, planes: Planes) -> Iterator[str | Rates]:
+    """Reading and views by a task where views are made, encoder and loss by one where training is."""
+    cluster = config.cluster
+    workers = cluster.workers or max(1, int(planes.train.get("GPU", 0)))
+    use_gpu = cluster.use_gpu if cluster.use_gpu is not None else planes.train.get("GPU", 0) > 0
+    where, stream = _on_a_node(measure_stream, config, manifest, num_cpus=1, labels=cluster.data_labels)
+    yield from (f"{one} ({where})" for one in stream.said)
+    where, step = _on_a_node(
+        measure_step, config, stream.views, num_cpus=cluster.cpus_per_worker, num_gpus=int(use_gpu),
+        labels=cluster.train_labels,
+    )  # fmt: skip
+    yield from (f"{one} ({where})" for one in step.said)
+    left = planes.cpus_left(workers * cluster.cpus_per_worker)
+    yield Rates(stream.rates, step.rates, workers, max(left, cluster.data_cpus))
+
+
+def _on_a_node(
+    measure: Callable[..., T], *arguments: object, labels: Mapping[str, str] | None, **resources: float
+) -> tuple[str, T]:
+    """Call it in a task on a node of these labels, or here where none has room now; where it was, and the answer."""
+    selector = dict(labels) if labels else None
+    task = ray.remote(_at_home).options(label_selector=selector, max_retries=0, **resources)
+    answer = task.remote(measure, *arguments)
+    ready, _ = ray.wait([answer], timeout=ROOM_S)
+    if not ready:  # a cluster that waits for its autoscaler, or is at work
+        ray.cancel(answer, force=True)
+        return f"on this machine, for no node had room within {ROOM_S:.0f} s", measure(*arguments)
+    try:
+        node, found = ray.get(answer)
+    except ray.exceptions.RayTaskError as error:
+        raise root_cause(error) or error from None
+    return f"on {node}", found
+
+
+def _at_home(measure: Callable[..., T], *arguments: object) -> tuple[str, T]:
+    return str(ray.util.get_node_ip_address()), measure(*arguments)
 
 
 def resources(

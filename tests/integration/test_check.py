@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from simclr_ray.cli import main
 from simclr_ray.configure import load_config
 from simclr_ray.data.manifest import Manifest
 from simclr_ray.data.shards import ImageRow
-from simclr_ray.train.check import Rates, expected
+from simclr_ray.train.cost import Rates, StepRates, StreamRates, expected
 from simclr_ray.train.derive import derive
 from tests.conftest import make_data_set, real_rows
 from tests.faults.commands import recipe
@@ -31,6 +32,7 @@ def test_a_good_run_is_described_and_nothing_is_left_behind(
     assert "decoding: 64 images decoded, 128 headers read, 0 refused" in said
     assert "images: 128 PNG; 28 x 28 to 28 x 28" in said
     assert "expected reads: 1,920 images" in said  # 30 steps of 64
+    assert re.search(r"loss: of a step of 64 images \d\.\d+ s on one such device", said)
     assert "nothing stands against pretrain" in said
     assert not (tmp_path / "run").exists() or list((tmp_path / "run").iterdir()) == []
 
@@ -100,10 +102,18 @@ def test_images_that_break_when_decoded_are_found_before_the_run(
 
 def test_what_a_run_would_take_is_arithmetic(data_set: Manifest) -> None:
     config = load_config({"train": {"global_batch": 64, "steps": 1000}, "optim": {"warmup_epochs": 1}})
-    lines = list(expected(config, derive(config, data_set), Rates(1000.0, 0.5, 0.009, 0.018), cores=2))
+    stream, step = StreamRates(1000.0, 0.5, 1e6, 0.009), StepRates(0.018, 0.001)
+
+    def said(stream: StreamRates, step: StepRates, workers: int = 1) -> list[str]:
+        return list(expected(config, derive(config, data_set), Rates(stream, step, workers, 1)))
+
+    lines = said(stream, step)
     assert "64,000 images, 32,000 requests, 0.1 GiB" in lines[0]
     assert "9.6 minutes of a core" in lines[1]
-    assert "19.2 minutes of such a device" in lines[1]
-    assert "the encoder decides" in lines[2]
-    slow = list(expected(config, derive(config, data_set), Rates(1000.0, 0.5, 0.09, 0.018), cores=2))
-    assert "decoding and views decides, add 5.0 times the CPUs" in slow[2]
+    assert "19.2 minutes of such a device for the encoder, 1.1 minutes for the loss" in lines[1]
+    assert "20.3 minutes with 1 such device and 1 CPU for the stream; the encoder decides" in lines[2]
+    assert "decoding and views decides, add 4.7 times the CPUs" in said(replace(stream, views_s=0.09), step)[2]
+    assert "reading from the store decides, add 5.3 times" in said(replace(stream, read_bytes_s=1e4), step)[2]
+    assert "the loss decides, which grows with the square" in said(stream, replace(step, loss_s=0.03))[2]
+    assert "20.3 minutes with" not in said(stream, step, workers=2)[2]
+    assert "what workers send each other is not in it" in said(stream, step, workers=2)[2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,8 @@ def test_a_cluster_that_is_given_is_looked_at_and_what_it_cannot_give_is_code_5(
     assert "token: asked for; dashboard at http://127.0.0.1:" in said
     assert ": guarded" in said
     assert "disk for spilling: at least" in said
+    for what in ("reading: ", "views: ", "encoder: ", "loss: "):  # measured there, not here
+        assert re.search(rf"{what}.*\(on 127\.0\.0\.1\)", said), said
     assert "nothing stands against pretrain" in said
     assert float(said.rsplit("checked in ", 1)[1].split(" s;")[0]) < 60
     assert (too_much, "the cluster can never give 5 CPUs" in why) == (5, True), why
