@@ -32,6 +32,8 @@ from simclr_ray.views.draw import draw
 NUM_SHOWN = 6
 SHOWN_AT = 96
 """Side of a picture on the page, in pixels."""
+DECADES = 20
+"""Times the smallest of listed values that the largest is, from which on their axis is logarithmic."""
 
 _HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -43,9 +45,10 @@ body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 62rem; mar
 h2 { margin-top: 2.2rem; font-size: 1.15rem }
 table { border-collapse: collapse } td, th { padding: .15rem .7rem; text-align: right; border-bottom: 1px solid #ddd }
 td:first-child, th:first-child { text-align: left; padding-left: 0 }
+.wide { overflow-x: auto }
 svg { max-width: 100%; height: auto } svg text { font: 12px system-ui, sans-serif; fill: #444 }
 .line { fill: none; stroke-width: 1.6 } .line:hover { stroke: #d55e00 !important; stroke-width: 4; opacity: 1 }
-.dot:hover { fill: #d55e00 } .views img { width: 96px; height: 96px; image-rendering: auto; margin: 1px }
+.dot:hover { fill: #d55e00 } .views img { width: calc(100% / 12 - 2px); min-width: 48px; margin: 1px }
 .note { color: #666 }
 </style></head><body>
 """
@@ -122,7 +125,7 @@ def render(page: Page, folder: str) -> str:
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
+    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
 
 def _scored(page: Page) -> list[tuple[TrialRecord, float]]:
@@ -136,12 +139,21 @@ def _scored(page: Page) -> list[tuple[TrialRecord, float]]:
 
 def _parallel(page: Page) -> str:
     scored = _scored(page)
-    axes = [Axis(key, log=page.spec.space[key].kind in ("loguniform", "logint")) for key in page.keys]
+    axes = [Axis(key, log=_is_log(page, key)) for key in page.keys]
     lines = [
         Line(one.name, [*(one.settings.get(key) for key in page.keys), value], rank / max(1, len(scored) - 1))
         for rank, (one, value) in enumerate(scored)
     ]
     return parallel([*axes, Axis(page.measure)], lines)
+
+
+def _is_log(page: Page, key: str) -> bool:
+    """Whether an axis is logarithmic: as its values were drawn, or as a list of them is spaced."""
+    values = page.spec.space[key]
+    if values.kind not in ("choice", "grid"):
+        return values.kind in ("loguniform", "logint")
+    numbers = [one for one in values.values if isinstance(one, (int, float)) and not isinstance(one, bool)]
+    return len(numbers) == len(values.values) and min(numbers) > 0 and max(numbers) >= DECADES * min(numbers)
 
 
 def _over_steps(page: Page) -> str:
@@ -155,7 +167,7 @@ def _over_steps(page: Page) -> str:
 
 
 def _against(page: Page, key: str) -> str:
-    log = page.spec.space[key].kind in ("loguniform", "logint")
+    log = _is_log(page, key)
     scored = [(one, value) for one, value in _scored(page) if isinstance(one.settings.get(key), (int, float))]
     dots = [
         (_label(one), [(float(one.settings[key]), value)], rank / max(1, len(scored) - 1))

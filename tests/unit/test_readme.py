@@ -103,6 +103,24 @@ def test_reading_from_a_store_is_as_measured() -> None:
         assert row in README, row
 
 
+def test_the_search_is_as_measured() -> None:
+    measured = json.loads((ROOT / "benchmarks/results/search.json").read_text())
+    cells = {tuple(one["settings"].values()): one for one in measured["again"] if one["settings"]}
+    for temperature in {temperature for temperature, _ in cells}:
+        both = (cells[temperature, strength] for strength in (0.5, 0.0))
+        row = " | ".join(f"{100 * one['mean']:.1f} ± {100 * one['spread']:.1f}" for one in both)
+        assert f"| {temperature:g} | {row} |" in README, row
+    spearman, text = measured["spearman"]["knn_top1"], " ".join(README.split())
+    for words in (
+        f"RankMe ranked the eight trials most like kNN (Spearman {spearman['rankme']:+.2f}; alignment + uniformity "
+        f"{spearman['alignment_uniformity']:+.2f}, LiDAR {spearman['lidar']:+.2f})",
+        f"A trial takes {measured['more_a_trial_s']:.0f} s more than the same training as a command",
+        f"the command kept all {measured['killed']['of_them_as_they_were']} trainings that were done",
+    ):
+        assert words in text, words
+    assert measured["killed"]["of_them_as_they_were"] == measured["killed"]["finished_before"]
+
+
 def rate(runs: list[dict[str, float]]) -> float:
     """Images a second over several runs."""
     return sum(run["images"] for run in runs) / sum(run["wall_s"] for run in runs)

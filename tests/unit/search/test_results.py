@@ -18,9 +18,9 @@ from simclr_ray.search import results
 from simclr_ray.search.charts import Axis, Line, Scale, parallel, plot
 from simclr_ray.search.finalists import GIVEN, Finalist, cases, choose, summarise, verdict
 from simclr_ray.search.objective import WORST
-from simclr_ray.search.page import Page, render
+from simclr_ray.search.page import Page, _is_log, render
 from simclr_ray.search.record import Generation, Place, Score, TrialRecord, read_record, read_records
-from simclr_ray.search.space import load_space
+from simclr_ray.search.space import SearchSpec, load_space
 from tests.conftest import small_run
 
 KEY = "loss.temperature"
@@ -211,13 +211,15 @@ def test_the_page_is_one_file_that_asks_nobody_and_escapes_what_it_shows(data_se
     spec = load_space({"space": {KEY: {"loguniform": [0.05, 1]}, "optim.rule": {"choice": ["linear", "sqrt"]}},
                        "trials": 4, "objective": {"every": 5}})  # fmt: skip
     evil = "<script>alert(1)</script>"
+
+    def page_of(one: SearchSpec) -> Page:
+        return Page(config, one, records, again, {KEY: 0.1, "views.strength": 0.1}, "knn_top1", data_set)
+
     records = [trial(f"t{i}{evil}", 0.1 * i, temperature=0.1 * i, **{"optim.rule": "sqrt"}) for i in range(1, 6)]
     records.append(trial("bad", math.nan, steps=(), status="failed", **{"optim.rule": "sqrt"}))
     records[-1].why = evil
     again = [Finalist("t1", {KEY: 0.1}, (0.5, 0.6)), Finalist(GIVEN, {}, (0.1, 0.2))]
-    text = render(
-        Page(config, spec, records, again, {KEY: 0.1, "views.strength": 0.1}, "knn_top1", data_set), "/folder"
-    )
+    text = render(page_of(spec), "/folder")
     page = Outside()
     page.feed(text)
     assert page.found == []
@@ -228,6 +230,11 @@ def test_the_page_is_one_file_that_asks_nobody_and_escapes_what_it_shows(data_se
     assert len(re.findall(r'src="data:image/png;base64,', text)) == 2 * 2 * 6
     assert text.count("<polyline") == 5 + 5  # a line a trial across the axes, and one over the steps
     assert "unbeaten" not in text
+    assert [_is_log(page_of(spec), key) for key in spec.space] == [True, False]
+    lists = load_space({"space": {KEY: {"grid": [0.02, 0.1, 5.0]}, "views.strength": {"grid": [0.0, 0.5]},
+                                  "optim.rule": {"grid": ["linear", "sqrt"]}, "model.zero_init_last":
+                                  {"grid": [True, False]}}, "searcher": "grid", "objective": {"every": 5}})  # fmt: skip
+    assert [_is_log(page_of(lists), key) for key in lists.space] == [True, False, False, False]
     spec = load_space({"space": spec.model_dump(exclude_none=True)["space"], "trials": 4, "searcher": "tpe",
                        "objective": {"every": 5, "also": "lidar"}})  # fmt: skip
     text = render(Page(config, spec, records, again, {KEY: 0.1}, "knn_top1", data_set), "/folder")
