@@ -78,6 +78,8 @@ class _Search:
     """Of the images of the objective."""
     total_steps: int
     console: Console
+    look_up: Callable[[], None] = lambda: None
+    """Raises KeyboardInterrupt where a Ctrl-C got lost."""
 
     @property
     def folder(self) -> str:
@@ -120,8 +122,8 @@ def tune(
     mine = Identity.of(settings, manifest, spec, measured)
     look(at, mine)
     require_dashboard(settings.cluster)
-    with hold(search.folder, search.console.say):
-        return _tune(search, mine)
+    with hold(search.folder, search.console.say), _never_lost() as look_up:
+        return _tune(replace(search, look_up=look_up), mine)
 
 
 def _tune(search: _Search, mine: Identity) -> SearchResult:
@@ -141,6 +143,7 @@ def _tune(search: _Search, mine: Identity) -> SearchResult:
         connected(search.config.cluster, runs=search.spec.max_concurrent or 1, state_api=True),
         prints_logged(),
     ):
+        search.look_up()
         refuse_other_versions()
         require_state_api()
         return _run(search)
@@ -269,6 +272,7 @@ def _fit(
         )
     progress = Progress(search.console.say, plan.folder, plan.measure, trials, [case for case, _ in plan.cases])
     stopped = _Stopped(search.console.say)
+    search.look_up()
     with limited(count), listening(progress), graceful_stop(stopped), _interruptible():
         try:
             tuner.fit()
@@ -292,6 +296,30 @@ class _Stopped:
         self.asked = True
         self._say("stopping; once more to stop at once")
         os.kill(os.getpid(), signal.SIGUSR1)
+
+
+@contextlib.contextmanager
+def _never_lost() -> Iterator[Callable[[], None]]:
+    """Ctrl-C as ever, and a function that raises it again: Python drops it where it falls into a destructor."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    pressed = False
+
+    def interrupt(number: int, frame: Any) -> None:
+        nonlocal pressed
+        pressed = True
+        raise KeyboardInterrupt
+
+    def look_up() -> None:
+        if pressed:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield look_up
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager
