@@ -337,7 +337,7 @@ class DistillConfig(Section):
     teacher: str | None = None
     """Run folder of the teacher; null trains by NT-Xent."""
     classifier: str | None = None
-    """File of the teacher's classifier, as `evaluate` writes it for `sgd` and `finetune`, inside the teacher's run."""
+    """File of the teacher's classifier, as `evaluate` writes it for protocols that train, inside the teacher's run."""
     temperature: Annotated[float, Gt(0), Le(10)] = 1.0
     """Of both softmaxes: 1 from a larger teacher, 0.1 from one of the student's size."""
     label_fraction: Fraction = 0.0

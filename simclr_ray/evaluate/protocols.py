@@ -72,6 +72,8 @@ def measure_supervised(
     kinds = [kind for kind in get_args(Kind) if kind in config.evaluate.protocols]
     if not kinds:
         return []
+    if "finetune_v2" in kinds and (config.evaluate.label_list or min(config.evaluate.fractions) < 1):
+        body_of(trained, "finetune_v2", everything=False)  # which may refuse: before others train for hours
     images = read_training_images(manifest, limits_of(config.data))
     rows = []
     for kind in kinds:

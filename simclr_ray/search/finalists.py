@@ -87,6 +87,10 @@ def summarise(
 def verdict(finalists: Sequence[Finalist]) -> str:
     """Whether the first one's lead over the second exceeds their spread over seeds, in words."""
     good = [one for one in finalists if one.values]
+    whole = [one for one in good if not one.failed]
+    if whole and len(whole) < len(good):
+        aside = ", ".join(one.name for one in good if one.failed)
+        return f"{verdict(whole)}; set aside, for a seed of theirs failed: {aside}"
     if not good:
         return "no finalist could be trained again; nothing is known of the winner but its one score"
     if len(good) < 2:

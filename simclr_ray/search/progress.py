@@ -14,6 +14,7 @@ from simclr_ray.search.objective import WORST
 from simclr_ray.search.propose import OBJECTIVE
 from simclr_ray.search.record import TrialRecord, read_record, read_records
 from simclr_ray.search.results import named, shown
+from simclr_ray.search.room import give_back
 
 _listeners: list[Progress] = []
 
@@ -41,9 +42,10 @@ class Progress:
     """Says a line for each new best and each end."""
 
     def __init__(
-        self, say: Callable[[str], None], folder: str, measure: str, trials: int, names: Sequence[str]
+        self, say: Callable[[str], None], folder: str, measure: str, trials: int, names: Sequence[str], room: Any = None
     ) -> None:
         """Prepare; `names` of trials by their case number, empty where a trial's id is its name."""
+        self._room = room
         self._say, self._folder, self._measure, self._trials, self._names = say, folder, measure, trials, names
         before = read_records(folder)
         self._done = {one.name for one in before if one.status != "running"}
@@ -87,6 +89,7 @@ class Progress:
                 record.write(folder)
 
     def _count(self, trial: Any, record: TrialRecord) -> None:
+        give_back(self._room, record.name)  # its process may have been lost
         self._done.add(record.name)  # one that failed may be tried again by a continued search
         last = record.scores[-1] if record.scores else None
         where = (

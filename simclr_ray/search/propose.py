@@ -151,8 +151,9 @@ class Median(_Remembering, MedianStoppingRule):  # type: ignore[misc]
     """Ends what is below the others' median."""
 
     def remember(self, trial: Any, result: dict[str, Any]) -> None:
-        """Into the means that others are compared with."""
-        self._results[trial].append(result)
+        """Into the means that others are compared with; a trial that is begun again is in them already."""
+        if all(one[TIME] != result[TIME] for one in self._results[trial]):
+            self._results[trial].append(result)
 
 
 def scheduler(spec: SearchSpec, scores: int, before: ScoresBefore = lambda name: ()) -> TrialScheduler:

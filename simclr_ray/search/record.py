@@ -142,8 +142,10 @@ class ScoresBefore:
     def __call__(self, name: str) -> list[float]:
         """Of one trial; none of a new one."""
         record = read_record(storage.join(self.folder, name))
-        scores = record.scores if record is not None else []
-        return [better_is_more(self.measure, one.measures.get(self.measure)) for one in scores]
+        if record is None:
+            return []
+        found = [better_is_more(self.measure, one.measures.get(self.measure)) for one in record.scores]
+        return [*found, WORST] if record.status == "failed" else found
 
 
 def read_records(folder: str) -> list[TrialRecord]:

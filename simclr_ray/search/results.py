@@ -117,8 +117,8 @@ def front_lines(records: Sequence[TrialRecord], measure: str, also: str | None) 
     """What the stars mean; none without a second objective."""
     if also is None or not (found := front(records, measure, also)):
         return []
-    which = f"these {len(found)}" if len(found) > 1 else "this one"
-    return [f"* no trial beats {which} in both {named(measure)} and {named(also)}; by {measure} alone: {found[0].name}"]
+    names = ", ".join(one.name for one in found)
+    return [f"* no trial beats these {len(found)} in both {named(measure)} and {named(also)}: {names}"]
 
 
 def finalist_rows(

@@ -176,7 +176,7 @@ class SearchSpec(Section):
     quantile: Annotated[float, Gt(0), Le(0.5)] = 0.25
     """Of PBT: the worst such part of the trials goes on from the best such part."""
     stall_s: Annotated[float, Gt(0)] = 3600.0
-    """A trial without a new score for so many seconds, waiting for nodes included, is given up."""
+    """A trial whose workers bring no new score for so many seconds is given up; waiting for nodes does not count."""
     finalists: Annotated[int, Ge(0)] = 3
     """Best trials that are trained again, beside the given configuration, each once a seed; 0: none."""
     seeds: Count = 3

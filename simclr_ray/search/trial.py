@@ -27,6 +27,7 @@ from simclr_ray.errors import ClusterError, ConfigError, DataError, HeldError, N
 from simclr_ray.search.objective import better_is_more, score_checkpoint
 from simclr_ray.search.propose import OBJECTIVE, SECOND
 from simclr_ray.search.record import Generation, Place, Score, TrialRecord, read_record
+from simclr_ray.search.room import give_back, wait_for_a_place
 from simclr_ray.search.space import ObjectiveSpec, Settings, with_settings
 from simclr_ray.train import checkpoint as ckpt
 from simclr_ray.train.derive import derive
@@ -63,6 +64,8 @@ class TrialPlan:
     """Newest measured checkpoints of a trial to keep: others may go on from one that is no longer the newest."""
     probe: Any
     """Reference to the `ProbeSet`."""
+    room: Any = None
+    """Where a trial takes its place before it trains, see `search.room`; None: it needs none."""
     cases: Sequence[tuple[str, Settings]] = ()
     """Name and values of each trial by number; empty where Tune proposes the values."""
 
@@ -179,12 +182,15 @@ class Trial(tune.Trainable):  # type: ignore[misc]
     def cleanup(self) -> None:
         """End the training, so that its workers and their placement group are gone before this process is."""
         if self._training is None:
+            give_back(self._plan.room, self._record.name)
             return
         if self._record.status == "finished":
             self._training.wait(STOP_S)  # it is about to end by itself, and its run folder should say so
         self._training.stop(HUNG_S if self._record.status == "failed" else STOP_S)
+        give_back(self._plan.room, self._record.name)
 
     def _begin(self) -> None:
+        wait_for_a_place(self._plan.room, self._record.name)
         mine = self._record.life(self._folder, self._settings, self._pointer)
         self._record.status, self._record.why = "running", ""
         self._record.write(self._folder)
@@ -193,6 +199,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         if self._pointer is not None and self._pointer.run != self._run.uri:
             # A life that began from another's checkpoint has scored nothing yet, or it was lost: it goes on from there.
             self._pointer = Place(self._run.uri, mine.origin.step if mine.origin else 0)
+        self._attempts_before = self._attempts()
         origin = Origin(mine.origin.run, mine.origin.step) if mine.origin else None
         self._training = Training(config, origin)
 
@@ -229,16 +236,16 @@ class Trial(tune.Trainable):  # type: ignore[misc]
     def _wait_for(self, due: int) -> int:
         """The first committed step from `due` on; a save may have been passed over because the one before was slow."""
         assert self._training is not None
-        since, begun = time.monotonic(), False
+        since = time.monotonic()
         while True:
             running = self._training.running
             steps = [step for step in ckpt.committed_steps(self._run.checkpoints) if step >= due]
             if steps:
                 return steps[0]
-            # Waiting for nodes is no standing still, and has its own limit (cluster.start_timeout_s).
-            begun = begun or ((self._run.info() or {}).get("attempts") or 0) > 0
-            since = since if begun else time.monotonic()
-            if not running and isinstance(self._training.error, HeldError):
+            held = not running and isinstance(self._training.error, HeldError)
+            if not held and self._attempts() == self._attempts_before:
+                since = time.monotonic()  # it waits for nodes, which has its own limit (cluster.start_timeout_s)
+            if held:
                 # By this trial's life on a host that was lost, which can no longer say so; its lock falls by its age.
                 time.sleep(LOOK_FAR_S)
                 self._training = self._training.again()
@@ -252,6 +259,10 @@ class Trial(tune.Trainable):  # type: ignore[misc]
                     fix="a search with a larger stall_s waits longer, where steps take so long",
                 )  # fmt: skip
             self._training.wait(LOOK_S if storage.is_local(self._run.uri) else LOOK_FAR_S)
+
+    def _attempts(self) -> int:
+        """Times that workers have begun on this life."""
+        return int((self._run.info() or {}).get("attempts") or 0)
 
     def _measured(self, step: int) -> Mapping[str, float]:
         spec = self._plan.objective

@@ -42,6 +42,7 @@ from simclr_ray.search.probe import ProbeSet, read_probe
 from simclr_ray.search.progress import Progress, Told, listening
 from simclr_ray.search.propose import Variants, domains, limited, scheduler, searcher, side_by_side
 from simclr_ray.search.record import ScoresBefore, TrialRecord, read_records
+from simclr_ray.search.room import make_room
 from simclr_ray.search.space import LABELLED, SearchSpec, check_space, labelled_named, load_space
 from simclr_ray.search.trial import MEMORY_BYTES, Rungs, Trial, TrialPlan
 from simclr_ray.train.cluster import connected, prints_logged, refuse_other_versions, variables
@@ -160,7 +161,7 @@ def _run(search: _Search) -> SearchResult:
     trials = TrialPlan(
         search.at.path("trials"),
         search.config.model_copy(update={"cluster": cluster.model_copy(update={"address": address})}),
-        spec.objective, measure, spec.stall_s, spec.keep, probe,
+        spec.objective, measure, spec.stall_s, spec.keep, probe, make_room(count),
     )  # fmt: skip
     scores = len(Rungs.of(search.config, search.config, spec.objective.every, search.total_steps).steps)
     _fit(
@@ -270,7 +271,8 @@ def _fit(
                 checkpoint_config=ray_tune.CheckpointConfig(checkpoint_frequency=1, num_to_keep=plan.keep),
             ),
         )
-    progress = Progress(search.console.say, plan.folder, plan.measure, trials, [case for case, _ in plan.cases])
+    names = [case for case, _ in plan.cases]
+    progress = Progress(search.console.say, plan.folder, plan.measure, trials, names, plan.room)
     stopped = _Stopped(search.console.say)
     search.look_up()
     with limited(count), listening(progress), graceful_stop(stopped), _interruptible():

@@ -83,9 +83,9 @@ def _findings(settings: Config) -> Iterator[str]:
             rates = one
         else:
             yield one
-    assert rates is not None
     yield from _memory(settings, derived)
-    yield from expected(settings, derived, rates)
+    if rates is not None:
+        yield from expected(settings, derived, rates)
 
 
 def _here(config: Config, manifest: Manifest) -> Iterator[str | Rates]:

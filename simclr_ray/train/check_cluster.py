@@ -10,12 +10,13 @@ from typing import TypeVar
 
 import ray
 import ray._private.worker
+import torch
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
 from ray._private.state import state
 
 from simclr_ray.config import ClusterConfig, Config
 from simclr_ray.data.manifest import Manifest
-from simclr_ray.errors import ClusterError, root_cause
+from simclr_ray.errors import ClusterError, first_line, root_cause
 from simclr_ray.train.cluster import (
     ask_nodes,
     connected,
@@ -39,6 +40,7 @@ FULL = 0.95
 """Ray does not spill to a disk that is fuller (its `local_fs_capacity_threshold`)."""
 _GIB = 1 << 30
 T = TypeVar("T")
+HERE = "on this machine"
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,9 @@ def _measured_there(config: Config, manifest: Manifest, planes: Planes) -> Itera
         labels=cluster.train_labels,
     )  # fmt: skip
     yield from (f"{one} ({where})" for one in step.said)
+    if use_gpu and where.startswith(HERE) and not torch.cuda.is_available():
+        yield "no expected time: a GPU of the cluster could not be measured"
+        return
     left = planes.cpus_left(workers * cluster.cpus_per_worker)
     yield Rates(stream.rates, step.rates, workers, max(left, cluster.data_cpus))
 
@@ -99,18 +104,19 @@ def _measured_there(config: Config, manifest: Manifest, planes: Planes) -> Itera
 def _on_a_node(
     measure: Callable[..., T], *arguments: object, labels: Mapping[str, str] | None, **resources: float
 ) -> tuple[str, T]:
-    """Call it in a task on a node of these labels, or here where none has room now; where it was, and the answer."""
+    """Call it in a task on a node of these labels, or here where none answers; where it was, and the answer."""
     selector = dict(labels) if labels else None
     task = ray.remote(_at_home).options(label_selector=selector, max_retries=0, **resources)
     answer = task.remote(measure, *arguments)
     ready, _ = ray.wait([answer], timeout=ROOM_S)
     if not ready:  # a cluster that waits for its autoscaler, or is at work
         ray.cancel(answer, force=True)
-        return f"on this machine, for no node had room within {ROOM_S:.0f} s", measure(*arguments)
+        return f"{HERE}, for no node of the cluster had done it within {ROOM_S:.0f} s", measure(*arguments)
     try:
         node, found = ray.get(answer)
-    except ray.exceptions.RayTaskError as error:
-        raise root_cause(error) or error from None
+    except ray.exceptions.RayError as error:
+        lost = ClusterError(f"measuring on a node failed: {first_line(error)}", where="cluster")
+        raise root_cause(error) or lost from None
     return f"on {node}", found
 
 

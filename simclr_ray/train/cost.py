@@ -18,7 +18,7 @@ class StreamRates:
     bytes_an_image: float
     requests_an_image: float
     read_bytes_s: float
-    """Bytes a second of one reader, who asks for one unit after another."""
+    """Bytes a second of one reader, a CPU of the stream's, who reads ahead."""
     views_s: float
     """CPU seconds of one core for the two views of an image, decoding included."""
 

@@ -19,7 +19,7 @@ from simclr_ray.data.decode import Rejected, decode, read_header
 from simclr_ray.data.header import Header
 from simclr_ray.data.manifest import Manifest
 from simclr_ray.data.plan import Plan, UnitTable
-from simclr_ray.data.units import plan_tasks, read_planned
+from simclr_ray.data.units import plan_tasks, read_task
 from simclr_ray.errors import DataError
 from simclr_ray.learn.nt_xent import nt_xent
 from simclr_ray.train.cost import StepRates, StreamRates
@@ -33,7 +33,7 @@ SAMPLES = 64
 UNITS = 8
 """Units that are read: as many places of the data set."""
 _ENCODER_IMAGES = 8
-_LOSS_IMAGES = 1024
+_LOSS_IMAGES, _LOSS_S = 1024, 0.05
 _MIB = 1 << 20
 
 
@@ -70,14 +70,14 @@ def measure_stream(config: Config, manifest: Manifest) -> Stream:
     count = min(table.num_units, UNITS)
     (task,) = plan_tasks(manifest, plan, 0, count, count)
     before, started = storage.counters(), time.monotonic()
-    tables = [read_planned(task, index) for index in range(count)]  # as the stream reads, lost units included
+    tables = list(read_task(task))  # as the stream reads, ahead and with lost units
     read_s, after = time.monotonic() - started, storage.counters()
     units = [{name: one[name].to_numpy(zero_copy_only=False) for name in one.column_names} for one in tables]
     encoded = [data for unit in units for data in unit["image"].tolist()]
     images, requests = len(encoded), after.requests - before.requests
     said.append(
-        f"reading: {images} images in {count} units took {requests} requests, {read_s / count:.2f} s a unit one after "
-        f"another, {(after.bytes - before.bytes) / _MIB / max(read_s, 1e-9):,.0f} MiB/s"
+        f"reading: {images} images in {count} units took {requests} requests, {read_s / count:.2f} s a unit by one "
+        f"reader, who reads ahead, {(after.bytes - before.bytes) / _MIB / max(read_s, 1e-9):,.0f} MiB/s"
     )
     gone = [bool(place) for unit in units for place in unit["lost_id"] >= 0]
     headers = [read_header(data, limits) for data in encoded]
@@ -204,18 +204,25 @@ def _encoder_cost(config: Config, views: np.ndarray) -> tuple[float, str]:
 def _loss_cost(config: Config) -> float:
     """Seconds of value and gradient over a whole step's pairs; from fewer images, for it grows with their square."""
     batch = config.train.global_batch
-    images = min(batch, _LOSS_IMAGES)
-    a, b = (torch.randn(images, config.model.projection_dim, device=_device(), requires_grad=True) for _ in range(2))
+    images, seconds = min(batch, _LOSS_IMAGES), 0.0
+    while True:
+        seconds = _loss_of(images, config)
+        if images == batch or seconds > _LOSS_S:
+            return seconds * (batch / images) ** 2
+        images = min(batch, 2 * images)  # on a fast device a small one is mostly the way to it
 
-    def step() -> None:
+
+def _loss_of(images: int, config: Config) -> float:
+    """Seconds of one value and gradient."""
+    a, b = (torch.randn(images, config.model.projection_dim, device=_device(), requires_grad=True) for _ in range(2))
+    times = []
+    for _ in range(3):
+        started = time.monotonic()
         nt_xent(a, b, config.loss.temperature).backward()  # type: ignore[no-untyped-call]
         if a.is_cuda:
             torch.cuda.synchronize()
-
-    step()
-    started = time.monotonic()
-    step()
-    return (time.monotonic() - started) * (batch / images) ** 2
+        times.append(time.monotonic() - started)
+    return median(times)
 
 
 def _device() -> torch.device:

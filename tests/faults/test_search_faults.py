@@ -205,6 +205,30 @@ def test_row_48_a_search_that_was_interrupted_goes_on(data_set: Manifest, tmp_pa
 
 
 @pytest.mark.slow
+def test_a_search_that_goes_on_with_less_room_trains_no_more_than_fits(data_set: Manifest, tmp_path: Path) -> None:
+    """Tune brings back both trials that were under way; together their workers would hold both CPUs."""
+    folder = tmp_path / "search"
+    config, space = files(folder, data_set, grid(0.1, 0.5) | {"max_concurrent": 2, "stall_s": 100.0},
+                          train__steps=400, optim__warmup_epochs=1)  # fmt: skip
+    space.write_text(space.read_text().replace("every: 5", "every: 100"))
+
+    def both_train() -> bool:
+        runs = [generation.run for one in read_records(str(folder / "trials")) for generation in one.generations]
+        return len(runs) == 2 and all((Path(run) / "metrics.jsonl").is_file() for run in runs)
+
+    with started("-m", "tests.faults.sweep", config, space, folder, 3) as process:
+        wait_for(both_train, timeout_s=600)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    space.write_text(space.read_text().replace("max_concurrent: 2", "max_concurrent: 1"))
+    found, output = sweep(config, space, folder, cpus=2)
+    assert found["failed"] is None, output
+    assert "side by side: 1" in output
+    records = read_records(str(folder / "trials"))
+    assert [one.status for one in records] == ["finished", "finished"], output
+
+
+@pytest.mark.slow
 def test_a_killed_search_for_two_objectives_in_an_object_store_goes_on(
     data_set: Manifest, s3: Seaweed, s3_folder: str, tmp_path: Path
 ) -> None:

@@ -127,6 +127,10 @@ def test_the_verdict_says_whether_the_lead_exceeds_the_spread() -> None:
     assert "does not exceed" in text
     assert "take them for equal" in text
     assert "nobody knows" in verdict([of("a", 0.4), of("b", 0.3)])
+    lucky = verdict([of("b", 0.2, 0.22), of("c", 0.1, 0.12), Finalist("a", {}, (0.9, 0.91), failed=1)])
+    assert lucky.startswith("b leads c by 0.1, which exceeds")
+    assert lucky.endswith("; set aside, for a seed of theirs failed: a")
+    assert "set aside" not in verdict([Finalist("a", {}, (0.9, 0.91), 1), Finalist("b", {}, (0.5, 0.6), 1)])
     assert "with 3 and 1 seeds" in verdict([of("a", 0.4, 0.4, 0.4), of("b", 0.3)])
     assert "only finalist" in verdict([of("a", 0.4, 0.5), of("b")])
     assert "no finalist" in verdict([of("a")])
@@ -184,7 +188,7 @@ def test_trials_that_none_beats_in_two_objectives_are_starred() -> None:
     assert header[-3:] == ["knn_top1", "rankme", "status"]
     assert {row[0] for row in rows if row[-1].endswith("*")} == {"a", "b", "c"}
     (line,) = results.front_lines(records, "knn_top1", "rankme")
-    assert line.startswith("* no trial beats these 3 in both knn_top1 and rankme; by knn_top1 alone: c")
+    assert line == "* no trial beats these 3 in both knn_top1 and rankme: c, b, a"
     assert results.front_lines(records, "knn_top1", None) == []
     assert results.trial_rows(records, [KEY], "knn_top1")[0][-2:] == ["knn_top1", "status"]
 
