@@ -7,10 +7,13 @@ round a ring, so that each of W ranks sends (W - 1) / W of the bytes in W - 1 tu
 
 from __future__ import annotations
 
+import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -167,9 +170,8 @@ class Measured:
 def measure(ranks: int) -> Measured:
     """In processes of their own, a thread each."""
     with tempfile.TemporaryDirectory() as folder:
-        queue = mp.get_context("spawn").SimpleQueue()
-        mp.spawn(_rank, args=(ranks, folder, queue), nprocs=ranks, join=True)  # type: ignore[no-untyped-call]
-        found: Measured = queue.get()
+        mp.spawn(_rank, args=(ranks, folder), nprocs=ranks, join=True)  # type: ignore[no-untyped-call]
+        found: Measured = torch.load(f"{folder}/found", weights_only=False)
     return found
 
 
@@ -179,7 +181,7 @@ def model() -> SimCLR:
     return SimCLR(encoder, make_projector(encoder.embedding_dim, layers=2, output_dim=DIM))
 
 
-def _rank(rank: int, ranks: int, folder: str, queue: Any) -> None:
+def _rank(rank: int, ranks: int, folder: str) -> None:
     torch.set_num_threads(1)
     join_ranks(rank, ranks, folder)
     torch.manual_seed(0)
@@ -205,7 +207,7 @@ def _rank(rank: int, ranks: int, folder: str, queue: Any) -> None:
         {size: _timed(_reducing(size)) for size in GATHERED},
     )  # fmt: skip
     if rank == 0:
-        queue.put(found)
+        torch.save(found, f"{folder}/found")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -260,3 +262,69 @@ def checked(points: Sequence[Measured], rates: Rates, cores: int) -> list[dict[s
             "step_s": point.step_s, "step_model_s": times.train,
         })  # fmt: skip
     return rows
+
+
+# From here on to clusters that nobody has lent.
+
+RESULTS = Path(__file__).parent / "results"
+WORKERS = (8, 32, 128, 512, 2048, 4096)
+UNIT, LEAST_BATCH = 64, 4096
+R50 = {"parameters": 27_970_624, "side": 224}
+"""ResNet-50 with SimCLR's two-layer projector of 2048 and 128."""
+ASSUMED = {"encoder_s": 1 / 1250, "pair_s": 6 / 100e12, "turn_s": 20e-6, "link_bytes_s": 12.5e9, "get_s": 0.05}
+"""Not measured: a GPU that takes 1,250 images a second (two views, forward and backward, bf16) and 100 TFLOP/s in the
+loss (a pair costs 6 a number), NCCL's turn of 20 us, links of 100 Gbit/s, and a store that answers after 50 ms."""
+READ_BYTES_S = 60e6
+"""Of one connection to a store, assumed too."""
+
+
+def clusters() -> list[dict[str, Any]]:
+    """The model's rows for R50 at 224 pixels; the batch grows with the workers, for each needs a unit of images."""
+    ingest, store = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("ingest", "store"))
+    cost = ingest["photos"]["cost_us"]
+    views_s = (sum(cost["plain loop"].values()) + sum(cost["Ray's share"].values())) / 1e6
+    layout = store["layouts"]["canonical shards"]
+    rates = Rates(**ASSUMED, views_s=views_s, read_bytes_s=READ_BYTES_S)
+    rows = []
+    for workers in WORKERS:
+        batch = max(LEAST_BATCH, UNIT * workers)
+        work = Work(
+            batch, DIM, **R50, image_bytes=layout["bytes_an_image"], requests_an_image=layout["requests_an_image"]
+        )
+        train = step_times(work, rates, workers=workers, data_cores=float("inf"))
+        by_one_core = step_times(work, rates, workers=workers, data_cores=1)
+        images_s = batch / train.train
+        rows.append({
+            "workers": workers, "images": batch, "encoder": train.encoder, "loss": train.loss, "gather": train.gather,
+            "gradients": train.gradients, "ship": train.ship, "step_s": train.step, "slowest": train.slowest,
+            "images_s": images_s, "efficiency": images_s / workers * rates.encoder_s,
+            "cores": by_one_core.views / train.train, "readers": by_one_core.read / train.train,
+            "requests_s": images_s * work.requests_an_image, "store_gbit_s": images_s * work.image_bytes * 8 / 1e9,
+            "loss_mb": loss_bytes(work) / 1e6, "matrix_mb": matrix_bytes(work, workers) / 1e6,
+        })  # fmt: skip
+    return rows
+
+
+def modelled(*, quick: bool) -> dict[str, Any]:
+    """Measure, compare, and go on to clusters."""
+    points = [measure(ranks) for ranks in (RANKS[:2] if quick else RANKS)]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    rates = fitted(points[0], points[1])
+    rows = checked(points, rates, cores)
+    print(f"\n  {IMAGES} images of {SIDE} px, the demo's encoder, {cores} cores; seconds measured (by the model)")
+    print(f"  {'ranks':>7}{'encoder':>20}{'loss':>20}{'step':>20}")
+    for row in rows:
+        cells = [f"{row[f'{name}_s']:.3f} ({row[f'{name}_model_s']:.3f})" for name in ("encoder", "loss", "step")]
+        print(f"  {row['ranks']:>7}" + "".join(f"{cell:>20}" for cell in cells))
+    large = clusters()
+    print(f"\n  ResNet-50 at 224 px, {ASSUMED}")
+    names = ("encoder", "loss", "gather", "gradients", "step_s", "efficiency")
+    print(
+        f"  {'workers':>8}{'images':>9}"
+        + "".join(f"{name:>12}" for name in names)
+        + f"{'images/s':>12}{'cores':>9}{'GET/s':>9}"
+    )
+    for one in large:
+        print(f"  {one['workers']:>8}{one['images']:>9}" + "".join(f"{one[name]:>12.4f}" for name in names)
+              + f"{one['images_s']:>12,.0f}{one['cores']:>9,.0f}{one['requests_s']:>9,.0f}")  # fmt: skip
+    return {"cores": cores, "rates": asdict(rates), "checked": rows, "assumed": ASSUMED, "clusters": large}

@@ -112,7 +112,7 @@ def test_the_search_is_as_measured() -> None:
         assert f"| {temperature:g} | {row} |" in README, row
     spearman, text = measured["spearman"]["knn_top1"], " ".join(README.split())
     for words in (
-        f"RankMe ranked the eight trials most like kNN (Spearman {spearman['rankme']:+.2f}; alignment + uniformity "
+        f"RankMe ranked the eight trials much like kNN (Spearman {spearman['rankme']:+.2f}; alignment + uniformity "
         f"{spearman['alignment_uniformity']:+.2f}, LiDAR {spearman['lidar']:+.2f})",
         f"A trial takes {measured['more_a_trial_s']:.0f} s more than the same training as a command",
         f"the command kept all {measured['killed']['of_them_as_they_were']} trainings that were done",
