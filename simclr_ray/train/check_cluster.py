@@ -117,11 +117,12 @@ def _on_a_node(
     except ray.exceptions.RayError as error:
         lost = ClusterError(f"measuring on a node failed: {first_line(error)}", where="cluster")
         raise root_cause(error) or lost from None
-    return f"on {node}", found
+    addresses = {one["NodeID"]: one["NodeManagerAddress"] for one in living_nodes()}
+    return f"on {addresses.get(node, 'a node that is gone')}", found
 
 
 def _at_home(measure: Callable[..., T], *arguments: object) -> tuple[str, T]:
-    return str(ray.util.get_node_ip_address()), measure(*arguments)
+    return str(ray.get_runtime_context().get_node_id()), measure(*arguments)
 
 
 def resources(
