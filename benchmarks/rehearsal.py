@@ -12,8 +12,7 @@ rehearsal  up to two workers: a host joins and the group grows; its cable is dra
            every process as it stands
 
 Every loss is compared: the first ten to 1e-5, all to 1e-3, for rounding differs where the number of workers does.
-Then the planes, measured: images a second of a job that waits for its views, with one host that makes them and with a
-second one. Prints what happens and when, writes benchmarks/results/rehearsal.json, ends with 1 if a loss differs. Linux
+Prints what happens and when, writes benchmarks/results/rehearsal.json, ends with 1 if a loss differs. Linux
 alone; needs root.
 """
 
@@ -49,7 +48,7 @@ from tests.servers.seaweed import Seaweed
 
 RESULT = Path(__file__).parent / "results/rehearsal.json"
 GCS, DASHBOARD = 6379, 8265
-NAMES = ("head", "train-1", "train-2", "data-1", "data-2", "store")
+NAMES = ("head", "train-1", "train-2", "data-1", "store")
 IMAGES = 4096
 CHECKPOINT_EVERY = 20
 PATIENCE_S = 300.0

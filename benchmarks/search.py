@@ -63,7 +63,6 @@ class Ended:
     """One start of the command."""
 
     code: int
-    seconds: float
     until_finalists_s: float | None
 
 
@@ -82,13 +81,13 @@ def search(folder: Path, space_file: Path, overrides: list[str], stop: Callable[
                 os.kill(process.pid, signal.SIGKILL)
                 break
         process.wait()
-    return Ended(process.returncode, time.monotonic() - began, until)
+    return Ended(process.returncode, until)
 
 
-def whole(folder: Path) -> dict[str, list[str]]:
-    """Trials that are finished, as they stand on the disk."""
+def whole(folder: Path) -> dict[str, str]:
+    """What the finished trials have measured, as it stands on the disk; as text, in which NaN equals itself."""
     return {
-        one.name: [one.status, json.dumps([score.measures for score in one.scores])]
+        one.name: json.dumps([score.measures for score in one.scores])
         for part in ("trials", "finalists")
         for one in read_records(str(folder / part))
         if one.status == "finished"

@@ -125,13 +125,15 @@ class _Remembering:
     Population-based training needs no telling, for it decides by the newest scores, which come again by themselves.
     """
 
-    before: ScoresBefore
+    def __init__(self, before: ScoresBefore, **how: Any) -> None:
+        super().__init__(**how)
+        self._before = before
 
     def on_trial_add(self, controller: Any, trial: Any) -> None:
         """A trial begins, or is there again, ended ones too."""
         super().on_trial_add(controller, trial)  # type: ignore[misc]
         known = int((trial.last_result or {}).get(TIME, 0))  # later scores are reported again
-        for time, value in enumerate(self.before(trial.trial_id)[:known] if known else (), 1):
+        for time, value in enumerate(self._before(trial.trial_id)[:known] if known else (), 1):
             self.remember(trial, {TIME: time, OBJECTIVE: value})
 
     def remember(self, trial: Any, result: dict[str, Any]) -> None:
@@ -167,19 +169,14 @@ def scheduler(spec: SearchSpec, scores: int, before: ScoresBefore = lambda name:
         before: What trials of a search that is continued have scored.
     """
     by = {"time_attr": TIME, "metric": OBJECTIVE, "mode": MODE}
-    made: Halving | Median
     match spec.scheduler:
         case "asha":
-            made = Halving(
-                **by, max_t=max(scores, spec.grace), grace_period=spec.grace, reduction_factor=spec.reduction,
+            return Halving(
+                before, **by, max_t=max(scores, spec.grace), grace_period=spec.grace, reduction_factor=spec.reduction,
                 stop_last_trials=False,  # a trial ends by itself; one of another batch may have a score more
             )  # fmt: skip
-            made.before = before
-            return made
         case "median":
-            made = Median(**by, grace_period=spec.grace, min_samples_required=2)
-            made.before = before
-            return made
+            return Median(before, **by, grace_period=spec.grace, min_samples_required=2)
         case "pbt":
             # Tune draws who goes on from whom from the global generators.
             random.seed(spec.seed)
