@@ -33,9 +33,11 @@ from simclr_ray.evaluate.knn import knn_top1
 from simclr_ray.evaluate.linear import linear_probe
 from simclr_ray.observe.console import Console
 from simclr_ray.observe.health import rankme
+from simclr_ray.observe.metrics import Record, Recorder
 from simclr_ray.train import checkpoint as ckpt
 from simclr_ray.train.build import build_model
 from simclr_ray.train.derive import limits_of, policy_of
+from simclr_ray.train.gauges import ray_gauges
 from simclr_ray.train.run import RunFolder
 from simclr_ray.views.apply import central_view
 
@@ -100,6 +102,7 @@ class OnlineEvaluator:
         torch.set_num_threads(1)
         self._run, self._config = run, config
         self._stopping = False
+        self._recorder = Recorder([ray_gauges(run.uri, moments=False)])
         self._results: list[dict[str, Any]] = _read(run)
 
     def work(self) -> None:
@@ -152,6 +155,8 @@ class OnlineEvaluator:
             "cpu_s": round(spent, 3),
             "cpu_s_a_step": round(spent / max(1, step - last), 6),
         })  # fmt: skip
+        images = step * self._config.train.global_batch
+        self._recorder.log(Record(step, images, 0, time.time(), {"repr/rankme": numbers["rankme"]}))
         lines = "".join(json.dumps(one) + "\n" for one in self._results)
         storage.write_bytes(self._run.path("eval", NAME), lines.encode())
 

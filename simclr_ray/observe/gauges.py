@@ -42,9 +42,15 @@ def instrument_names() -> set[str]:
 class GaugeSink:
     """See the module. Instruments are made when they are first needed, so an exporter that fails fails as a sink."""
 
-    def __init__(self, gauge: MakeInstrument, counter: MakeInstrument) -> None:
-        """Take what makes gauges and counters; each is called once a name."""
-        self._gauge, self._counter = gauge, counter
+    def __init__(self, gauge: MakeInstrument, counter: MakeInstrument, *, moments: bool = True) -> None:
+        """Take what makes gauges and counters; each is called once a name.
+
+        Args:
+            gauge: Makes a gauge.
+            counter: Makes a counter.
+            moments: Export step, attempt, checkpoint and images too; only one process of a run does.
+        """
+        self._gauge, self._counter, self._moments = gauge, counter, moments
         self._made: dict[str, Move] = {}
         self._seen: int | None = None
 
@@ -53,6 +59,13 @@ class GaugeSink:
         for metric, value in record.values.items():
             if metric != CHECKPOINT_AGE:
                 self._move(self._gauge, instrument_name(metric), METRICS[metric].help, value)
+        if self._moments:
+            self._log_moment(record)
+
+    def close(self) -> None:
+        """Nothing is buffered here."""
+
+    def _log_moment(self, record: Record) -> None:
         if CHECKPOINT_AGE in record.values:
             self._move_own(self._gauge, CHECKPOINT_TIME, record.wall_s - record.values[CHECKPOINT_AGE])
         self._move_own(self._gauge, STEP, record.step)
@@ -61,9 +74,6 @@ class GaugeSink:
         if more > 0:  # less: an attempt went back to its checkpoint
             self._move_own(self._counter, IMAGES, more)
         self._seen = record.samples_seen
-
-    def close(self) -> None:
-        """Nothing is buffered here."""
 
     def _move_own(self, make: MakeInstrument, name: str, value: float) -> None:
         self._move(make, name, HELP[name], value)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from simclr_ray.search.objective import WORST
-from simclr_ray.search.record import TrialRecord
+from simclr_ray.search.record import TrialRecord, ranked
 from simclr_ray.search.space import SearchSpec
 
 GIVEN = "as given"
@@ -51,10 +51,9 @@ def choose(
         count: At most so many.
         but: Settings that are trained again anyway: the given configuration's.
     """
-    ranked = sorted(records, key=lambda one: one.standing(measure), reverse=True)
     chosen: list[TrialRecord] = []
     known = [dict(but)] if but else []
-    for one in ranked:
+    for one in ranked(records, measure):
         if len(chosen) < count and one.objective(measure) > WORST and dict(one.settings) not in known:
             chosen.append(one)
             known.append(dict(one.settings))

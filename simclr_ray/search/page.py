@@ -23,7 +23,7 @@ from simclr_ray.search import results
 from simclr_ray.search.charts import Axis, Line, parallel, plot
 from simclr_ray.search.finalists import Finalist, verdict
 from simclr_ray.search.probe import read_originals
-from simclr_ray.search.record import TrialRecord
+from simclr_ray.search.record import TrialRecord, ranked
 from simclr_ray.search.space import SearchSpec, Settings, with_settings
 from simclr_ray.train.derive import limits_of, policy_of
 from simclr_ray.views.apply import two_views
@@ -132,9 +132,7 @@ def _scored(page: Page) -> list[tuple[TrialRecord, float]]:
     """Trials with a finite last score, worst first, so that the best is drawn on top."""
     found = [(one, one.scores[-1].measures.get(page.measure, math.nan)) for one in page.records if one.scores]
     finite = {one.name: value for one, value in found if math.isfinite(value)}
-    return [
-        (one, finite[one.name]) for one in reversed(results.ranked(page.records, page.measure)) if one.name in finite
-    ]
+    return [(one, finite[one.name]) for one in reversed(ranked(page.records, page.measure)) if one.name in finite]
 
 
 def _parallel(page: Page) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -152,3 +152,8 @@ def read_records(folder: str) -> list[TrialRecord]:
     """All trials of a folder, in the order of their names."""
     found = [read_record(storage.join(folder, name)) for name in sorted(storage.list_names(folder))]
     return [one for one in found if one is not None]
+
+
+def ranked(records: Sequence[TrialRecord], measure: str) -> list[TrialRecord]:
+    """Best first; see `TrialRecord.standing`."""
+    return sorted(records, key=lambda one: one.standing(measure), reverse=True)

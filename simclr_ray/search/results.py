@@ -16,7 +16,7 @@ from simclr_ray.config import Config
 from simclr_ray.configure import load_config, to_yaml
 from simclr_ray.search.finalists import Finalist
 from simclr_ray.search.objective import LOWER_IS_BETTER, WORST, agreement, unbeaten
-from simclr_ray.search.record import TrialRecord
+from simclr_ray.search.record import TrialRecord, ranked
 from simclr_ray.search.space import LABELLED, MEASURES, Settings
 
 SHOWN = 20
@@ -81,11 +81,6 @@ def _column(values: list[Any]) -> pa.Array:
         return pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError):
         return pa.array([json.dumps(value) for value in values])
-
-
-def ranked(records: Sequence[TrialRecord], measure: str) -> list[TrialRecord]:
-    """Best first."""
-    return sorted(records, key=lambda one: one.standing(measure), reverse=True)
 
 
 def trial_rows(

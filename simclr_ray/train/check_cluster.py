@@ -25,6 +25,7 @@ from simclr_ray.train.cluster import (
     refuse_differences,
     resolve_workers,
     versions,
+    workers_asked,
 )
 from simclr_ray.train.cost import Rates
 from simclr_ray.train.dashboard import exposure, knock, on_this_machine
@@ -85,8 +86,7 @@ def cluster_findings(config: Config, manifest: Manifest, derived: Derived) -> It
 def _measured_there(config: Config, manifest: Manifest, planes: Planes) -> Iterator[str | Rates]:
     """Reading and views by a task where views are made, encoder and loss by one where training is."""
     cluster = config.cluster
-    workers = cluster.workers or max(1, int(planes.train.get("GPU", 0)))
-    use_gpu = cluster.use_gpu if cluster.use_gpu is not None else planes.train.get("GPU", 0) > 0
+    workers, use_gpu = workers_asked(cluster, planes)
     where, stream = _on_a_node(measure_stream, config, manifest, num_cpus=1, labels=cluster.data_labels)
     yield from (f"{one} ({where})" for one in stream.said)
     where, step = _on_a_node(
@@ -151,8 +151,8 @@ def resources(
             f"planes: {planes.train.get('CPU', 0):g} CPUs and {planes.train.get('GPU', 0):g} GPUs for training, "
             f"{planes.data.get('CPU', 0):g} CPUs for the stream"
         )
-    workers = config.workers or max(1, int(planes.train.get("GPU", 0)))
-    gpus = workers if config.use_gpu or (config.use_gpu is None and planes.train.get("GPU", 0)) else 0
+    workers, use_gpu = workers_asked(config, planes)
+    gpus = workers if use_gpu else 0
     asked = {"CPU": workers * config.cpus_per_worker + config.data_cpus, "GPU": float(gpus)}
     words = f"{asked['CPU']:g} CPUs and {gpus} GPUs for {workers} worker{'s' * (workers > 1)} and the stream"
     limit = {name: max(there.get(name, 0.0), (attainable or {}).get(name, 0.0)) for name in asked}

@@ -315,6 +315,13 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def workers_asked(config: ClusterConfig, planes: Planes) -> tuple[int, bool]:
+    """Number of workers and whether each has a GPU; what the config leaves open follows from the cluster's GPUs."""
+    gpus = int(planes.train.get("GPU", 0))
+    use_gpu = config.use_gpu if config.use_gpu is not None else gpus > 0
+    return config.workers or (max(1, gpus) if use_gpu else 1), use_gpu
+
+
 def resolve_workers(config: ClusterConfig, cluster: Planes | dict[str, float]) -> tuple[int, bool]:
     """Number of workers and whether each has a GPU, from the config and what the cluster has.
 
@@ -325,11 +332,10 @@ def resolve_workers(config: ClusterConfig, cluster: Planes | dict[str, float]) -
     """
     planes = cluster if isinstance(cluster, Planes) else whole(cluster)
     gpus = int(planes.train.get("GPU", 0))
-    use_gpu = config.use_gpu if config.use_gpu is not None else gpus > 0
-    workers = config.workers or (max(1, gpus) if use_gpu else 1)
+    workers, use_gpu = workers_asked(config, planes)
     may_grow = bool(config.workers) and bool(config.address or os.environ.get("RAY_ADDRESS"))
     if may_grow:
-        return config.workers or 1, use_gpu  # an autoscaler may add nodes; `start_timeout_s` decides
+        return workers, use_gpu  # an autoscaler may add nodes; `start_timeout_s` decides
     refuse_empty_planes(config, planes)
     refuse_too_few_cpus(config, planes, workers)
     if use_gpu and gpus < workers:

@@ -15,12 +15,17 @@ ALERTS = CLUSTER / "alerts.yaml"
 BOARD = CLUSTER / "grafana.json"
 
 
+def board_panels() -> list[dict[str, Any]]:
+    """The panels as the board has them."""
+    found: list[dict[str, Any]] = json.loads(BOARD.read_text())["panels"]
+    return found
+
+
 def panels() -> dict[str, list[str]]:
     """Queries by the title of their panel, the board's variables filled in."""
-    board: dict[str, Any] = json.loads(BOARD.read_text())
     return {
         panel["title"]: [target["expr"].replace("$run", ".*") for target in panel["targets"]]
-        for panel in board["panels"]
+        for panel in board_panels()
     }
 
 

@@ -57,6 +57,15 @@ def test_a_record_moves_a_gauge_for_each_of_its_metrics() -> None:
     assert exporter.help["simclr_train_loss"] == METRICS["train/loss"].help
 
 
+def test_of_two_processes_of_a_run_one_alone_exports_its_moments() -> None:
+    exporter = Exporter()
+    sink = GaugeSink(exporter.gauge, exporter.counter, moments=False)
+    for step in (10, 20):
+        sink.log(record(step, repr__rankme=7.0))
+    assert exporter.gauges == {"simclr_repr_rankme": 7.0}
+    assert not exporter.counters
+
+
 def test_images_are_counted_from_this_drivers_first_record_and_never_backwards() -> None:
     exporter = Exporter()
     sink = GaugeSink(exporter.gauge, exporter.counter)
