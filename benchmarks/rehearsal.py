@@ -32,12 +32,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import harmonic_mean, mean
+from statistics import mean
 from typing import Any
 
 from benchmarks.machine import machine
 from benchmarks.rehearsal_hosts import Cluster
-from benchmarks.views_photos import CASES, encoded_crops, find_photos
+from benchmarks.views_photos import Case, encoded_crops, find_photos
 from simclr_ray import storage
 from simclr_ray.configure import to_yaml
 from simclr_ray.data.manifest import Manifest
@@ -52,12 +52,13 @@ from tests.servers.seaweed import Seaweed
 RESULT = Path(__file__).parent / "results/rehearsal.json"
 NAMES = ("head", "train-1", "train-2", "data-1", "data-2", "store")
 PARTS = ("losses", "planes")
-IMAGES, PHOTOS = 4096, 1024
+IMAGES, PHOTOS = 4096, 256
 CHECKPOINT_EVERY = 20
 PATIENCE_S = 300.0
-PHOTO = CASES[1]
+PHOTO = Case("large", 2048, 1536, 0, 90, "cifar", 16)
 PLANES = {
-    "data__train": "s3://train/photos", "views__scaled_decode": False, "train__global_batch": 64, "train__steps": 200,
+    "data__train": "s3://train/photos", "data__units_per_task": 1, "views__size": 16, "views__scaled_decode": False,
+    "train__global_batch": 64, "train__steps": 180,
 }  # fmt: skip
 """Whole photographs are decoded for views of 16 pixels: dear to make and cheap to train on."""
 
@@ -180,10 +181,11 @@ def widened(do: Rehearsal) -> dict[str, float]:
     do.wait(name)
     records = [record for record in records_of(name) if record.step > CHECKPOINT_EVERY]
     early = [record for record in records if record.wall_s < joined]
-    late = [record for record in records if record.step > records[-1].step - 80]
+    late = [record for record in records if record.step > records[-1].step - 60]
     found = {}
     for which, those in (("one_host", early), ("two_hosts", late)):
-        found[which] = harmonic_mean([one.values["data/images_per_s"] for one in those])
+        first, last = those[0], those[-1]
+        found[which] = (last.samples_seen - first.samples_seen) / (last.wall_s - first.wall_s)
         found[f"waited_{which}"] = mean(one.values["data/wait_fraction"] for one in those)
     found["ratio"] = found["two_hosts"] / found["one_host"]
     do.say(f"images a second: {found['one_host']:.0f} with one host, {found['two_hosts']:.0f} with two")
@@ -199,9 +201,9 @@ def compared(ours: list[Record], twin: list[Record], steps: int) -> dict[str, An
     return {"steps": len(a), "each_once": once, "largest_of_ten": max(apart[:10]), "largest": max(apart), "same": same}
 
 
-def store(name: str, folder: Path, rows: list[ImageRow]) -> Manifest:
+def store(name: str, folder: Path, rows: list[ImageRow], unit_rows: int) -> Manifest:
     """Pack images, also into the bucket."""
-    manifest = make_data_set(folder, rows, unit_rows=64, shard_rows=1024)
+    manifest = make_data_set(folder, rows, unit_rows=unit_rows, shard_rows=16 * unit_rows)
     for file in sorted(folder.iterdir()):
         storage.write_bytes(f"s3://train/{name}/{file.name}", file.read_bytes())
     return manifest
@@ -210,10 +212,14 @@ def store(name: str, folder: Path, rows: list[ImageRow]) -> Manifest:
 def photographs() -> list[ImageRow] | None:
     """Crops of photographs; None, having said why, where none are installed."""
     try:
-        crops = encoded_crops(find_photos(None), PHOTO, PHOTOS)
+        photos = find_photos(None)
     except SystemExit as reason:
         print(f"planes: left out: {reason}")
         return None
+    if not any(photo.width >= PHOTO.width and photo.height >= PHOTO.height for photo in photos.images):
+        print(f"planes: left out: no photograph has {PHOTO.width} x {PHOTO.height} pixels")
+        return None
+    crops = encoded_crops(photos, PHOTO, PHOTOS)
     return [ImageRow(crop, None, f"photo-{number}.jpg") for number, crop in enumerate(crops)]
 
 
@@ -227,9 +233,9 @@ def ready(steps: int, photos: list[ImageRow] | None) -> Iterator[tuple[Rehearsal
         server.start()
         cluster = Cluster(net, folder, server.environment())
         try:
-            manifest = store("images", folder / "images", real_rows(IMAGES))
+            manifest = store("images", folder / "images", real_rows(IMAGES), 64)
             if photos:
-                store("photos", folder / "photos", photos)
+                store("photos", folder / "photos", photos, 16)
             do = Rehearsal(cluster, folder, steps, manifest)
             cluster.start_head()
             for name in ("train-1", "data-1"):
