@@ -162,6 +162,19 @@ def test_exit_codes_are_the_readmes() -> None:
     assert len(tables[0]) == 8
 
 
+def test_the_rehearsal_is_as_recorded() -> None:
+    found = json.loads((ROOT / "benchmarks/results/rehearsal.json").read_text())
+    losses, planes = found["losses"], found["planes"]
+    page = (ROOT / "docs/cluster.md").read_text()
+    assert losses["same"]
+    assert "\n".join(line.strip() for line in losses["told"][:-1]) in page
+    text = " ".join(page.split())
+    assert f"Each of its {losses['steps']} losses is there once." in text
+    assert f"by at most {losses['largest']:.1e} of their value." in text
+    for page_text in (text, " ".join((ROOT / "README.md").read_text().split())):
+        assert f"from {planes['one_host']:.0f} to {planes['two_hosts']:.0f} images a second" in page_text
+
+
 @pytest.mark.slow
 def test_the_site_builds_strictly_and_asks_nobody(tmp_path: Path) -> None:
     pytest.importorskip("material", reason="no mkdocs-material: pip install simclr-ray[docs]")
