@@ -12,6 +12,7 @@ panels in their places. It is not a picture of Grafana, which is not needed for 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -29,7 +30,7 @@ from benchmarks.machine import machine
 from simclr_ray.data.shards import ImageRow
 from simclr_ray.publish.charts import Axis, Series, line_chart, short
 from tests.conftest import make_data_set, real_rows
-from tests.faults.commands import recipe, started
+from tests.faults.commands import INJECT, injected, recipe, started
 from tests.servers.prometheus import Line, binary, prometheus
 from tests.servers.ray_head import ray_head
 from tests.unit.observe.board import ALERTS, board_panels
@@ -42,13 +43,13 @@ PAGE = """<!doctype html><meta charset="utf-8"><style>{style}
 body {{ width: 1440px; padding: 10px; }}
 .board {{ display: grid; grid-template-columns: repeat(24, 1fr); gap: 8px; }}
 .panel {{ background: var(--raised); border: 1px solid var(--rule); border-radius: 6px; padding: 6px 10px; }}
-.panel figure {{ margin: 0; }} .panel output {{ display: none; }}
+.panel figure {{ margin: 0; border: 0; padding: 0; }} .panel output {{ display: none; }}
 .panel big {{ display: block; text-align: center; font-size: 2.2rem; color: var(--good); }}
 </style><div class="board">{panels}</div>"""
 
 
 def run(folder: Path, steps: int, environment: Mapping[str, str], address: str) -> tuple[float, float]:
-    """Train, with a worker that dies once; Unix times of begin and end."""
+    """Train; Unix times of begin and end."""
     rows = real_rows(IMAGES)
     for place in range(0, IMAGES, IMAGES // BROKEN):
         rows[place] = ImageRow(b"no picture", None, f"broken-{place}.png")
@@ -59,7 +60,7 @@ def run(folder: Path, steps: int, environment: Mapping[str, str], address: str) 
     )  # fmt: skip
     os.environ.update(environment)
     began = time.time()
-    with started(file, fault=f"die rank=0 step={steps // 2} once={folder / 'died'}") as process:
+    with started(file) as process:
         output, _ = process.communicate()
     if process.returncode:
         raise SystemExit(f"the run has ended with {process.returncode}:\n{output[-3000:]}")
@@ -120,8 +121,13 @@ def main() -> int:
         print("not here: prometheus is not installed (Debian: apt-get install prometheus)")
         return 2
     asked: dict[str, list[tuple[str, Line]]] = {}
-    with tempfile.TemporaryDirectory() as scratch, ray_head(Path(scratch), token=None) as head:
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         folder = Path(scratch)
+        # Ray's processes hand it on to the workers, of which one dies of it.
+        os.environ.update(
+            injected("SIMCLR_RAY_FAULT", f"die rank=0 step={args.steps // 2} once={folder / 'died'}", INJECT)
+        )
+        head = stack.enter_context(ray_head(folder, token=None))
         endpoint = head.metrics.removeprefix("http://").removesuffix("/metrics")
         with prometheus(folder / "prometheus", endpoint, [ALERTS]) as server:
             began, ended = run(folder, args.steps, head.environment, head.gcs)
