@@ -102,7 +102,8 @@ class OnlineEvaluator:
         torch.set_num_threads(1)
         self._run, self._config = run, config
         self._stopping = False
-        self._recorder = Recorder([ray_gauges(run.uri, moments=False)])
+        self._gauges = ray_gauges(run.uri, moments=False)
+        self._recorder = Recorder([self._gauges])
         self._results: list[dict[str, Any]] = _read(run)
 
     def work(self) -> None:
@@ -118,6 +119,8 @@ class OnlineEvaluator:
                 return
             else:
                 time.sleep(LOOK_EVERY_S)
+            with contextlib.suppress(Exception):  # what fails here fails with the next record too, and is told there
+                self._gauges.again()
 
     def stop(self) -> None:
         """Have `work` end when nothing is left to measure."""

@@ -24,16 +24,20 @@ pytestmark = [
     pytest.mark.skipif(not has_dashboard(), reason="no metrics endpoint: ray[default] is not installed"),
 ]
 ALL_METRICS = """
-import sys, time, ray
+import select, sys, time, ray
 from simclr_ray.observe.metrics import METRICS, Record, Recorder
 from simclr_ray.train.gauges import ray_gauges
 ray.init(address=sys.argv[1], log_to_driver=False)
-recorder = Recorder([ray_gauges("s3://bucket/all")])
+gauges = ray_gauges("s3://bucket/all")
+recorder = Recorder([gauges])
 for step in (1, 2):
     recorder.log(Record(step, 64 * step, 1, time.time(), dict.fromkeys(METRICS, 0.5)))
 print("logged", flush=True)
-sys.stdin.read()
+while not select.select([sys.stdin], [], [], 0.5)[0]:
+    gauges.again()
 """
+FORGETS_S = 2.0
+"""Ray, of a gauge that is not set, where it reports every second as here."""
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +68,8 @@ def test_every_metric_comes_out_under_its_name_with_the_runs_name(head: RayHead)
         assert values["ray_simclr_step"] == 2
         assert values["ray_simclr_images_total"] == 64
         assert abs(values["ray_simclr_checkpoint_unix_s"] - time.time()) < 120
+        time.sleep(3 * FORGETS_S)  # a run that stands still; nothing is logged any more
+        assert set(scraped(head, "all")) == set(values)
     finally:
         driver.kill()
         driver.communicate()

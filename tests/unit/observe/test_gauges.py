@@ -12,8 +12,10 @@ from typing import Any
 import promql_parser
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
-from simclr_ray.observe.gauges import GaugeSink, instrument_name, instrument_names
+from simclr_ray.observe.gauges import FADE_S, GaugeSink, instrument_name, instrument_names
 from simclr_ray.observe.metrics import METRICS, Record, Recorder
 from tests.unit.observe.board import ALERTS, BOARD, alerts, metrics_of, panels, queries
 
@@ -55,6 +57,34 @@ def test_a_record_moves_a_gauge_for_each_of_its_metrics() -> None:
     assert exporter.gauges.pop("simclr_data_wait_fraction") != 0  # NaN is a value of Prometheus's too
     assert exporter.gauges == {"simclr_train_loss": 3.0, "simclr_step": 20, "simclr_attempt": 2}
     assert exporter.help["simclr_train_loss"] == METRICS["train/loss"].help
+
+
+def test_what_an_exporter_forgets_is_said_again_until_it_is_old_and_where_the_run_stands_for_ever() -> None:
+    exporter, now = Exporter(), [1000.0]
+    sink = GaugeSink(exporter.gauge, exporter.counter, clock=lambda: now[0])
+    sink.again()  # nothing is known yet
+    for step in (10, 20):
+        sink.log(record(step, train__loss=3.0, time__checkpoint_age_s=5.0))
+    where = {"simclr_step": 20, "simclr_attempt": 1, "simclr_checkpoint_unix_s": 1015.0}
+    for seconds, shown in ((FADE_S - 1, {"simclr_train_loss": 3.0} | where), (2, where), (10**6, where)):
+        now[0] += seconds
+        exporter.gauges.clear()
+        sink.again()
+        assert exporter.gauges == shown
+    assert exporter.counters == {"simclr_images_total": 64 * 10}  # a counter is not counted again
+
+
+@given(st.floats(0.1, 1e5))
+def test_values_last_at_least_until_the_next_record_is_due(between: float) -> None:
+    exporter, now = Exporter(), [0.0]
+    sink = GaugeSink(exporter.gauge, exporter.counter, clock=lambda: now[0])
+    for step in (1, 2):
+        now[0] += between
+        sink.log(record(step, train__loss=3.0))
+    now[0] += between
+    exporter.gauges.clear()
+    sink.again()
+    assert "simclr_train_loss" in exporter.gauges
 
 
 def test_of_two_processes_of_a_run_one_alone_exports_its_moments() -> None:
