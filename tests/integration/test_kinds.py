@@ -73,6 +73,7 @@ def test_a_lost_shard_shifts_nothing_at_any_number_of_workers(
             assert rejected == [(i, REASONS.index("shard_missing")) for i in sorted(whole) if i in lost]
 
 
+@pytest.mark.slow
 def test_a_unit_of_error_pages_shifts_nothing_at_any_number_of_workers(
     expected: dict[int, list[Any]], rows: list[ImageRow], tmp_path: Path
 ) -> None:

@@ -159,6 +159,7 @@ def test_colours_by_the_train_workers_give_the_same_curve_also_after_a_kill(
     assert json.loads((folder / "run.json").read_text())["attempts"] == 2
 
 
+@pytest.mark.slow
 def test_micro_batches_and_frozen_batch_norm_do_not_depend_on_the_number_of_workers(
     local_ray: None, data_set: Manifest, tmp_path: Path
 ) -> None:
@@ -213,12 +214,14 @@ def two_frames(image: bytes) -> bytes:
     return stream.getvalue()
 
 
+@pytest.mark.slow
 def test_a_diverged_run_stops_before_its_weights_are_saved(local_ray: None, data_set: Manifest, tmp_path: Path) -> None:
     with pytest.raises(NumericsError, match="diverged"):
         pretrain(settings(tmp_path / "run", data_set, optim__base_learning_rate=1e38, optim__name="adamw"))
     assert committed_steps(str(tmp_path / "run" / "checkpoints")) == []
 
 
+@pytest.mark.slow
 def test_a_run_that_begins_from_anothers_checkpoint_takes_its_weights_and_its_place_in_the_data(
     undisturbed: Path, data_set: Manifest, tmp_path: Path
 ) -> None:
@@ -234,6 +237,7 @@ def test_a_run_that_begins_from_anothers_checkpoint_takes_its_weights_and_its_pl
     assert again.metrics == {}  # finished: where it began is not looked at any more
 
 
+@pytest.mark.slow
 def test_a_run_that_is_asked_to_stop_saves_and_can_go_on(local_ray: None, data_set: Manifest, tmp_path: Path) -> None:
     folder, stop = tmp_path / "run", threading.Event()
     thread = threading.Thread(target=when(lambda: (folder / "metrics.jsonl").exists(), stop.set))
