@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # said explicitly: ray's default depends on files in the home
@@ -92,6 +95,16 @@ def small_run(folder: Path, manifest: Manifest, **changes: Any) -> Config:
         section, _, name = key.partition("__")
         values.setdefault(section, {})[name] = value
     return load_config(values)
+
+
+def benchmark(name: str) -> ModuleType:
+    """A script of benchmarks/ as a module; its neighbours are imported as when it is run."""
+    folder = str(ROOT / "benchmarks")
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(folder)
 
 
 @pytest.fixture(scope="session")

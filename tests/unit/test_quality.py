@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from tests.conftest import benchmark
 
 
 @pytest.fixture(scope="module")
 def quality() -> ModuleType:
-    """The script as a module; its neighbours are imported as when it is run."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import quality as module
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return module
+    return benchmark("quality")
 
 
 def test_an_interval_of_three_pairs(quality: ModuleType) -> None:

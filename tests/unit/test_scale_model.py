@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -13,20 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-DOCS = Path(__file__).parents[2] / "docs"
-RECORDED: dict[str, Any] = json.loads((BENCHMARKS / "results/scale.json").read_text())["model"]
+from tests.conftest import ROOT, benchmark
+
+RECORDED: dict[str, Any] = json.loads((ROOT / "benchmarks/results/scale.json").read_text())["model"]
 
 
 @pytest.fixture(scope="module")
 def scale() -> ModuleType:
-    """The module; its neighbours are imported as when the script is run."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import scale_model as module
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return module
+    return benchmark("scale_model")
 
 
 def work(scale: ModuleType, **changes: Any) -> Any:
@@ -57,11 +49,7 @@ def test_one_worker_alone_sends_nothing(scale: ModuleType) -> None:
 
 
 @given(st.integers(1, 64), st.integers(1, 64))
-def test_workers_share_compute_and_what_they_receive_grows_to_the_whole(few: int, more: int) -> None:
-    """Imported here, for hypothesis knows no fixtures of a module."""
-    sys.path.insert(0, str(BENCHMARKS))
-    import scale_model as scale
-
+def test_workers_share_compute_and_what_they_receive_grows_to_the_whole(scale: ModuleType, few: int, more: int) -> None:
     a, b = (scale.step_times(work(scale), rates(scale), workers=w, data_cores=4) for w in (few, few + more))
     assert a.encoder * few == pytest.approx(b.encoder * (few + more))
     assert a.loss * few == pytest.approx(b.loss * (few + more))
@@ -105,7 +93,7 @@ def test_the_recorded_model_is_near_what_was_measured() -> None:
 
 
 def test_the_page_has_the_recorded_numbers() -> None:
-    page = (DOCS / "scaling.md").read_text()
+    page = (ROOT / "docs/scaling.md").read_text()
     for row in RECORDED["checked"]:
         line = f"| {row['ranks']} | {row['step_s']:.2f} s | {row['step_model_s']:.2f} s |"
         assert line in page, line
