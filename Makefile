@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 RUN ?= runs/fashion-mnist
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo demo-s3 test test-faults check format docs venv clean-demo
+.PHONY: help demo demo-s3 test test-faults rehearsal check format docs venv clean-demo
 
 help:
 	@echo "make demo    install, train an encoder on real images, evaluate it, show where the pictures are"
 	@echo "make demo-s3 the same from an S3 server on this machine that is killed for a while in the middle"
 	@echo "make test    install, run the tests"
 	@echo "make test-faults   whole runs that are killed, hung, cut off and refused: some ten minutes more"
+	@echo "make rehearsal     several hosts as network namespaces, as root: 8 minutes"
 	@echo "make docs    the documentation site, into site/"
 	@echo "make check   format, lint, types, import direction, spelling"
 
@@ -36,6 +37,9 @@ test: venv
 
 test-faults: venv
 	@OMP_NUM_THREADS=1 RAY_AUTH_MODE=disabled $(BIN)/python -m pytest -q -m slow --durations=0
+
+rehearsal: venv
+	@$(BIN)/python -m benchmarks.rehearsal --part losses --output "$${TMPDIR:-/tmp}/rehearsal.json"
 
 check: venv
 	$(BIN)/ruff format --check .

@@ -88,17 +88,25 @@ def _measured_there(config: Config, manifest: Manifest, planes: Planes) -> Itera
     cluster = config.cluster
     workers, use_gpu = workers_asked(cluster, planes)
     where, stream = _on_a_node(measure_stream, config, manifest, num_cpus=1, labels=cluster.data_labels)
+    yield from _elsewhere(where, "reading and views")
     yield from (f"{one} ({where})" for one in stream.said)
     where, step = _on_a_node(
         measure_step, config, stream.views, num_cpus=cluster.cpus_per_worker, num_gpus=int(use_gpu),
         labels=cluster.train_labels,
     )  # fmt: skip
+    yield from _elsewhere(where, "encoder and loss")
     yield from (f"{one} ({where})" for one in step.said)
     if use_gpu and where.startswith(HERE) and not torch.cuda.is_available():
         yield "no expected time: a GPU of the cluster could not be measured"
         return
     left = planes.cpus_left(workers * cluster.cpus_per_worker)
     yield Rates(stream.rates, step.rates, workers, max(left, cluster.data_cpus))
+
+
+def _elsewhere(where: str, what: str) -> Iterator[str]:
+    """A warning where no node of the cluster was measured."""
+    if where.startswith(HERE):
+        yield f"WARNING: {what} were measured {where}; expected times are this machine's, not the cluster's"
 
 
 def _on_a_node(
@@ -134,18 +142,17 @@ def resources(
         config: What is asked.
         planes: Of the nodes that are there.
         free: Resources that nobody uses now.
-        attainable: What the autoscaler may bring the cluster to; None where there is none, or it does not say.
+        attainable: What the autoscaler may bring the cluster to; None where there is none, or Ray does not say, as
+            autoscalers of Ray 2.60 do not.
 
     Raises:
         ClusterError: what is asked is more than can ever be there.
     """
-    there = planes.either
-    names = [name for name in ("CPU", "GPU") if there.get(name) or (attainable or {}).get(name)]
+    there, more = planes.either, attainable or {}
+    names = [name for name in ("CPU", "GPU") if there.get(name) or more.get(name)]
     listed = ", ".join(f"{there.get(name, 0):g} {name}s ({free.get(name, 0):g} free)" for name in names)
-    most = "no autoscaler" if attainable is None else "the autoscaler may bring it to " + ", ".join(
-        f"{attainable.get(name, 0):g} {name}s" for name in names
-    )  # fmt: skip
-    yield f"cluster: {listed}; {most}"
+    most = ", ".join(f"{more.get(name, 0):g} {name}s" for name in names)
+    yield f"cluster: {listed or 'no CPUs'}" + (f"; the autoscaler may bring it to {most}" if more else "")
     if config.train_labels or config.data_labels:
         yield (
             f"planes: {planes.train.get('CPU', 0):g} CPUs and {planes.train.get('GPU', 0):g} GPUs for training, "
@@ -155,20 +162,35 @@ def resources(
     gpus = workers if use_gpu else 0
     asked = {"CPU": workers * config.cpus_per_worker + config.data_cpus, "GPU": float(gpus)}
     words = f"{asked['CPU']:g} CPUs and {gpus} GPUs for {workers} worker{'s' * (workers > 1)} and the stream"
-    limit = {name: max(there.get(name, 0.0), (attainable or {}).get(name, 0.0)) for name in asked}
+    limit = {name: max(there.get(name, 0.0), more.get(name, 0.0)) for name in asked}
     short = [name for name in asked if asked[name] > limit[name]]
-    if short:
+    if short and more:
         raise ClusterError(
             f"the cluster can never give {words}", where="cluster.workers",
             got=", ".join(f"at most {limit[name]:g} {name}s" for name in short),
             fix="use fewer workers, or raise the maximum of the node group (max_workers, maxReplicas)",
         )  # fmt: skip
-    late = [name for name in asked if asked[name] > free.get(name, 0.0)]
+    if missing := list(_missing(config, planes, workers, gpus)):
+        yield (
+            f"WARNING: asked: {words}; not there now: {', '.join(missing)}. An autoscaler will be asked for them and "
+            "waited for (cluster.start_timeout_s), but Ray does not say what it may add; without one, no run can start"
+        )
+        return
+    late = [f"{name}s" for name in asked if asked[name] > free.get(name, 0.0)]
     yield f"asked: {words}; " + (
-        f"{' and '.join(f'{name}s' for name in late)} must be freed or added first (cluster.start_timeout_s)"
-        if late
-        else "free now"
+        f"{' and '.join(late)} must be freed first (cluster.start_timeout_s)" if late else "free now"
     )
+
+
+def _missing(config: ClusterConfig, planes: Planes, workers: int, gpus: int) -> Iterator[str]:
+    """What the nodes that are there, busy or not, do not have, on the plane that needs it."""
+    train, cpus = planes.train, workers * config.cpus_per_worker
+    if train.get("CPU", 0.0) < cpus:
+        yield f"{cpus - train.get('CPU', 0.0):g} CPUs for training"
+    if train.get("GPU", 0.0) < gpus:
+        yield f"{gpus - train.get('GPU', 0.0):g} GPUs for training"
+    if (left := max(0.0, planes.cpus_left(min(cpus, train.get("CPU", 0.0))))) < config.data_cpus:
+        yield f"{config.data_cpus - left:g} CPUs for the stream"
 
 
 def _guard() -> Iterator[str]:

@@ -365,6 +365,8 @@ def resolve_views(
         return where, "as set by views.where"
     if not use_gpu:
         return "cpu", "there is no GPU to do them"
+    if not planes.data.get("CPU"):
+        return "cpu", "no node for the stream is there yet, and an autoscaler adds as many as finished views need"
     left = max(0.0, planes.cpus_left(workers * config.cpus_per_worker)) / workers
     needed = CPUS_FOR_A_GPU[maker]
     words = (

@@ -15,11 +15,12 @@ from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ScalingDecision
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from simclr_ray.config import ClusterConfig
 from simclr_ray.errors import ClusterError
 from simclr_ray.train.cluster import draining_nodes
-from simclr_ray.train.planes import planes_of, refuse_too_few_cpus, workers_that_fit
+from simclr_ray.train.planes import Planes, planes_of, refuse_too_few_cpus, workers_that_fit
 
 SAY_WAITING_S = 30.0
 LOOK_S = 2.0
@@ -112,6 +113,26 @@ class BesideTheStream(ElasticScalingPolicy):  # type: ignore[misc]
         return workers_that_fit(self._cluster, planes_of(self._cluster, nodes))
 
 
+class StreamPlace:
+    """Asks for a node for the stream where there is none yet, until the workers train.
+
+    The stream's own tasks ask for one when it starts, which is after the workers have come; and an elastic group waits
+    for room beside the stream before it starts. Asked for at once, a cluster without nodes grows both kinds together.
+    """
+
+    def __init__(self, config: ClusterConfig, planes: Planes) -> None:
+        self._group: PlacementGroup | None = None
+        if planes.data.get("CPU", 0.0) < config.data_cpus:
+            labels = [dict(config.data_labels)] if config.data_labels else None
+            self._group = placement_group([{"CPU": float(config.data_cpus)}], bundle_label_selector=labels)
+
+    def free(self) -> None:
+        """Leave it to the stream. May be called again."""
+        if self._group is not None:
+            remove_placement_group(self._group)
+            self._group = None
+
+
 class Room:
     """The driver's look at whether the workers that train leave the stream a CPU: it would wait for one for ever.
 
@@ -119,8 +140,9 @@ class Room:
     add nodes; and nodes may go. An elastic group is made smaller meanwhile, where it may be.
     """
 
-    def __init__(self, config: ClusterConfig, say: Callable[[str], None]) -> None:
-        self._config, self._say = config, say
+    def __init__(self, config: ClusterConfig, say: Callable[[str], None], place: StreamPlace) -> None:
+        """`place` is given up to the stream as soon as workers train."""
+        self._config, self._say, self._place = config, say, place
         self._since: float | None = None
         self._said = self._looked = 0.0
 
@@ -130,6 +152,7 @@ class Room:
         Raises:
             ClusterError: there was none for `cluster.start_timeout_s`.
         """
+        self._place.free()
         now = time.monotonic()
         if now - self._looked < LOOK_S:
             return

@@ -82,7 +82,8 @@ def refuse_empty_planes(config: ClusterConfig, planes: Planes) -> None:
         if labels and not plane.get("CPU"):
             raise ClusterError(
                 "no node of the cluster has these labels", where=key, got=str(dict(labels)),
-                fix="start nodes with `ray start --labels=KEY=VALUE`, or change the setting",
+                fix="start nodes with `ray start --labels=KEY=VALUE`, or change the setting; where an autoscaler adds "
+                "nodes, set cluster.workers",
             )  # fmt: skip
 
 
@@ -105,7 +106,9 @@ def refuse_too_few_cpus(config: ClusterConfig, planes: Planes, workers: int) -> 
     if wanted <= to_train and planes.cpus_left(wanted) >= config.data_cpus:
         return
     fitting = workers_that_fit(config, planes)
-    fix = f"use cluster.workers={fitting}, or add CPUs" if fitting > 0 else "add CPUs"
+    fix = f"use cluster.workers={fitting}, or add CPUs" if fitting > 0 else (
+        "add CPUs; where an autoscaler adds them, set cluster.workers"
+    )  # fmt: skip
     if to_train < cpus and to_train < wanted:
         raise ClusterError(
             f"{workers} workers of {config.cpus_per_worker:g} CPUs do not fit on the nodes of cluster.train_labels",

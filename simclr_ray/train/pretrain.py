@@ -46,7 +46,7 @@ from simclr_ray.train.derive import (
     shares,
 )
 from simclr_ray.train.desk import Desk
-from simclr_ray.train.elastic import PretrainTrainer, Room
+from simclr_ray.train.elastic import PretrainTrainer, Room, StreamPlace
 from simclr_ray.train.keeper import Keeper, graceful_stop
 from simclr_ray.train.lock import RunLock, hold
 from simclr_ray.train.planes import planes_of
@@ -202,7 +202,8 @@ def _run(setup: _Setup) -> RunResult:
     run = setup.run
     desk = beside_the_driver(Desk).remote((run.info() or {}).get("attempts", 0))
     run.update(status="running", workers=setup.workers)
-    room = Room(setup.config.cluster, setup.console.say)
+    place = StreamPlace(setup.config.cluster, planes_of(setup.config.cluster, ray.nodes()))
+    room = Room(setup.config.cluster, setup.console.say, place)
     keeper = Keeper(
         run, desk, setup.console, setup.lock, setup.manifest, limits_of(setup.config.data), room, _asked(setup)
     )
@@ -216,6 +217,7 @@ def _run(setup: _Setup) -> RunResult:
         status = "interrupted"
         raise
     finally:
+        place.free()
         rejected = keeper.reasons()
         keeper.close(status)
     if rejected:

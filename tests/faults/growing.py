@@ -12,7 +12,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -25,11 +27,21 @@ IDLE_MINUTES = 0.2
 _ALIVE = 0
 
 
-def provider_config(address: str, *, nodes: int, cpus: int) -> dict[str, object]:
-    """What the autoscaler is told: the fake provider, and one type of node."""
+@dataclass(frozen=True)
+class NodeType:
+    """Nodes that the autoscaler may add."""
+
+    nodes: int
+    """At most."""
+    cpus: int
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+def provider_config(address: str, types: Mapping[str, NodeType]) -> dict[str, object]:
+    """What the autoscaler is told: the fake provider, and types of nodes."""
     return {
         "cluster_name": "growing",
-        "max_workers": nodes,
+        "max_workers": sum(one.nodes for one in types.values()),
         "upscaling_speed": 100.0,
         "idle_timeout_minutes": IDLE_MINUTES,
         "provider": {
@@ -41,9 +53,12 @@ def provider_config(address: str, *, nodes: int, cpus: int) -> dict[str, object]
         },
         "available_node_types": {
             "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
-            "worker": {
-                "resources": {"CPU": cpus, "object_store_memory": 400_000_000},
-                "node_config": {}, "min_workers": 0, "max_workers": nodes,
+            **{
+                name: {
+                    "resources": {"CPU": one.cpus, "object_store_memory": 400_000_000}, "labels": dict(one.labels),
+                    "node_config": {}, "min_workers": 0, "max_workers": one.nodes,
+                }
+                for name, one in types.items()
             },
         },
         "head_node_type": "ray.head.default",
@@ -55,12 +70,12 @@ def provider_config(address: str, *, nodes: int, cpus: int) -> dict[str, object]
 
 
 @contextlib.contextmanager
-def growing_cluster(folder: Path, *, nodes: int, cpus: int) -> Iterator[str]:
-    """Address of a head under way; it and its nodes are ended at the end."""
+def growing_cluster(folder: Path, types: Mapping[str, NodeType]) -> Iterator[str]:
+    """Address of a head under way that may get nodes of these types; it and they are ended at the end."""
     port = free_port()
     address = f"127.0.0.1:{port}"
     config = folder / "autoscaling.json"
-    config.write_text(json.dumps(provider_config(address, nodes=nodes, cpus=cpus)))
+    config.write_text(json.dumps(provider_config(address, types)))
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {
         "RAY_FAKE_CLUSTER": "1", "RAY_enable_autoscaler_v2": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
@@ -91,6 +106,12 @@ def growing_cluster(folder: Path, *, nodes: int, cpus: int) -> Iterator[str]:
 def alive_nodes(address: str) -> int:
     """Nodes of the cluster, its head among them."""
     return sum(node.state == _ALIVE for node in GcsClient(address=address).get_all_node_info().values())
+
+
+def alive_by_label(address: str, label: str) -> Counter[str]:
+    """Nodes of the cluster by the value of a label; those without it are left out."""
+    nodes = GcsClient(address=address).get_all_node_info().values()
+    return Counter(node.labels[label] for node in nodes if node.state == _ALIVE and label in node.labels)
 
 
 def _answers(address: str) -> bool:

@@ -13,7 +13,7 @@ import pytest
 from simclr_ray.data.manifest import Manifest
 from simclr_ray.search.record import read_records
 from tests.faults.commands import wait_for
-from tests.faults.growing import alive_nodes, growing_cluster
+from tests.faults.growing import NodeType, alive_nodes, growing_cluster
 from tests.faults.test_search_faults import files, grid, tune_command
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(150
 
 def test_the_cluster_grows_for_trials_and_shrinks_when_they_are_done(data_set: Manifest, tmp_path: Path) -> None:
     folder = tmp_path / "search"
-    with growing_cluster(tmp_path, nodes=2, cpus=2) as address:
+    with growing_cluster(tmp_path, {"worker": NodeType(nodes=2, cpus=2)}) as address:
         changes = {"cluster__address": address, "cluster__start_timeout_s": 300.0, "optim__warmup_epochs": 1}
         asked = grid(0.1, 0.5) | {"max_concurrent": 2}
         config, space = files(folder, data_set, asked, train__steps=40, **changes)

@@ -89,7 +89,8 @@ def test_the_recorded_model_is_near_what_was_measured() -> None:
     """On ranks that it was not fitted to, too."""
     assert [row["ranks"] for row in RECORDED["checked"]] == [1, 2, 4, 8]
     for row in RECORDED["checked"]:
-        assert row["step_model_s"] == pytest.approx(row["step_s"], rel=0.4), row
+        fitted = row["ranks"] <= 2
+        assert row["step_model_s"] == pytest.approx(row["step_s"], rel=0.03 if fitted else 0.3), row
 
 
 def test_the_page_has_the_recorded_numbers() -> None:
@@ -97,6 +98,8 @@ def test_the_page_has_the_recorded_numbers() -> None:
     for row in RECORDED["checked"]:
         line = f"| {row['ranks']} | {row['step_s']:.2f} s | {row['step_model_s']:.2f} s |"
         assert line in page, line
+    off = [row["step_model_s"] / row["step_s"] - 1 for row in RECORDED["checked"][2:]]
+    assert f"It is {off[0]:.0%} too slow for four ranks and {off[1]:.0%} for eight.".replace("%", " %") in page
     for row in RECORDED["clusters"]:
         line = (
             f"| {row['workers']:,} | {row['images']:,} | {1000 * row['encoder']:.0f} | {1000 * row['loss']:.1f} | "

@@ -58,6 +58,13 @@ def test_it_is_built_in_stages_from_a_digest_and_runs_as_nobody_special() -> Non
     assert f"--uid {users[0]} " in " ".join(rest for _, rest in steps)
 
 
+def test_the_head_of_ray_up_finds_what_it_needs_to_add_machines() -> None:
+    """Its autoscaler runs in the container: it asks EC2, and reaches new machines by ssh and rsync."""
+    last = " ".join(rest for word, rest in instructions() if word == "RUN")
+    assert {"openssh-client", "rsync"} <= set(last.split())
+    assert "aws" in pip_layer()
+
+
 def test_no_secret_and_no_whole_folder_is_copied_into_it() -> None:
     for word, rest in instructions():
         if word in ("ENV", "ARG"):

@@ -201,6 +201,12 @@ def test_a_jobs_cluster_is_the_overlays_and_its_command_is_one_of_ours() -> None
         assert set(rest[::2]) == {"--set"}
         assert config.run.folder
         assert config.data.train
+        train = cluster_of(overlay)["workerGroupSpecs"][0]
+        limits = train["template"]["spec"]["containers"][0]["resources"]["limits"]
+        of_a_node = int(limits.get("nvidia.com/gpu", 1))
+        assert config.cluster.workers, "a cluster that begins without nodes cannot be counted"
+        assert config.cluster.workers <= train["maxReplicas"] * of_a_node
+        assert bool(config.cluster.use_gpu) == ("nvidia.com/gpu" in limits)
         assert job["backoffLimit"] >= 1
         assert yaml.safe_load(job["runtimeEnvYAML"])["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"] == "600"
     assert config.cluster.train_labels == {"simclr-role": "train"}
@@ -242,9 +248,9 @@ def test_a_mistake_in_the_file_for_ray_up_is_caught(spoil: Callable[[dict[str, A
     assert any(words in problem for problem in problems), problems
 
 
-def allowed(action: str, resource: str) -> bool:
-    """Whether the policy lets this happen: what is denied is not allowed, by IAM's rules for the parts we use."""
-    policy = json.loads((CLUSTER / "iam-policy.json").read_text())
+def allowed(action: str, resource: str, file: str = "iam-policy.json") -> bool:
+    """Whether a policy lets this happen: what is denied is not allowed, by IAM's rules for the parts we use."""
+    policy = json.loads((CLUSTER / file).read_text())
 
     def hits(statement: dict[str, Any]) -> bool:
         if statement["Sid"] == "NothingUnencrypted":
@@ -272,8 +278,37 @@ def test_the_policy_reads_data_writes_runs_and_deletes_nothing_else() -> None:
         assert not allowed(action, place), (action, place)
 
 
-def test_the_policy_names_one_bucket_and_no_wildcard_of_rights() -> None:
-    policy = json.loads((CLUSTER / "iam-policy.json").read_text())
+def test_packing_reads_images_and_writes_data() -> None:
+    images, data, runs = (f"arn:aws:s3:::REPLACE-BUCKET/{folder}/x" for folder in ("images", "data", "runs"))
+    for action, place in (("s3:GetObject", images), ("s3:PutObject", data), ("s3:DeleteObject", data)):
+        assert allowed(action, place, "iam-pack.json")
+    for action, place in (("s3:PutObject", images), ("s3:DeleteObject", images), ("s3:GetObject", runs)):
+        assert not allowed(action, place, "iam-pack.json")
+
+
+def test_the_head_of_ray_up_may_start_and_end_its_own_machines_and_give_no_other_role_away() -> None:
+    config, policy = vm(), json.loads((CLUSTER / "iam-head.json").read_text())
+    statements = {one["Sid"]: one for one in policy["Statement"]}
+    tag = {"StringEquals": {"aws:RequestTag/ray-cluster-name": config["cluster_name"]}}
+    assert statements["StartOurs"]["Condition"] == tag
+    ours = {"StringEquals": {"ec2:ResourceTag/ray-cluster-name": config["cluster_name"]}}
+    assert statements["NameAndEndOurs"]["Condition"] == ours
+    assert "ec2:TerminateInstances" in statements["NameAndEndOurs"]["Action"]
+    profiles = {name: one["node_config"]["IamInstanceProfile"]["Arn"]
+                for name, one in config["available_node_types"].items()}  # fmt: skip
+    (workers,) = {profile for name, profile in profiles.items() if name != "head"}
+    assert profiles["head"] != workers  # workers may start nothing
+    (given,) = statements["HandOnTheWorkersRole"]["Resource"]
+    assert given == workers.replace("instance-profile", "role")
+    for one in policy["Statement"]:
+        assert one["Effect"] == "Allow"
+        assert not any("*" in action for action in one["Action"])
+        assert one["Resource"] != ["*"] or all(action.startswith("ec2:Describe") for action in one["Action"])
+
+
+@pytest.mark.parametrize("file", ["iam-policy.json", "iam-pack.json"])
+def test_a_policy_names_one_bucket_and_no_wildcard_of_rights(file: str) -> None:
+    policy = json.loads((CLUSTER / file).read_text())
     assert policy["Version"] == "2012-10-17"
     for statement in policy["Statement"]:
         assert set(statement) <= {"Sid", "Effect", "Action", "Resource", "NotResource", "Condition"}
@@ -281,5 +316,6 @@ def test_the_policy_names_one_bucket_and_no_wildcard_of_rights() -> None:
         assert all(resource.startswith("arn:aws:s3:::REPLACE-BUCKET") for resource in resources)
         if statement["Effect"] == "Allow":
             assert not any("*" in action for action in statement["Action"])
-    (listing,) = [one for one in policy["Statement"] if one["Sid"] == "ListDataAndRuns"]
-    assert listing["Condition"]["StringLike"]["s3:prefix"] == ["data/*", "runs/*"]
+    (listing,) = [one for one in policy["Statement"] if one["Action"] == ["s3:ListBucket"]]
+    folders = ["images/*", "data/*"] if "pack" in file else ["data/*", "runs/*"]
+    assert listing["Condition"]["StringLike"]["s3:prefix"] == folders

@@ -7,33 +7,49 @@ import pytest
 from simclr_ray.config import ClusterConfig
 from simclr_ray.errors import ClusterError
 from simclr_ray.train.check_cluster import NodeFacts, disks, resources
-from simclr_ray.train.planes import whole
+from simclr_ray.train.planes import Planes, whole
 
 GIB = 1 << 30
 
 
-def test_what_is_free_now_is_told_apart_from_what_must_be_freed_or_added() -> None:
+def test_what_is_free_now_is_told_apart_from_what_must_be_freed() -> None:
     config = ClusterConfig(workers=4, use_gpu=True, data_cpus=8)
     there = whole({"CPU": 16.0, "GPU": 4.0})
     assert list(resources(config, there, {"CPU": 16.0, "GPU": 4.0}, None)) == [
-        "cluster: 16 CPUs (16 free), 4 GPUs (4 free); no autoscaler",
+        "cluster: 16 CPUs (16 free), 4 GPUs (4 free)",
         "asked: 12 CPUs and 4 GPUs for 4 workers and the stream; free now",
     ]
     busy = list(resources(config, there, {"CPU": 16.0, "GPU": 1.0}, {"CPU": 80.0, "GPU": 8.0}))
     assert busy[0].endswith("4 GPUs (1 free); the autoscaler may bring it to 80 CPUs, 8 GPUs")
-    assert busy[1].endswith("GPUs must be freed or added first (cluster.start_timeout_s)")
+    assert busy[1].endswith("; GPUs must be freed first (cluster.start_timeout_s)")
 
 
-def test_what_only_an_autoscaler_can_bring_is_no_error_and_what_nobody_can_is_one() -> None:
+def test_what_is_not_there_is_a_warning_and_what_the_autoscaler_can_never_bring_an_error() -> None:
     config = ClusterConfig(workers=16, use_gpu=True)
     head = whole({"CPU": 4.0})
-    told = list(resources(config, head, {"CPU": 4.0}, {"CPU": 64.0, "GPU": 16.0}))
-    assert "CPUs and GPUs must be freed or added first" in told[-1]
-    for attainable, got in ((None, "at most 4 CPUs, at most 0 GPUs"), ({"CPU": 64.0, "GPU": 8.0}, "at most 8 GPUs")):
-        with pytest.raises(ClusterError, match="the cluster can never give 17 CPUs and 16 GPUs") as error:
-            list(resources(config, head, {"CPU": 4.0}, attainable))
-        assert error.value.got == got
-        assert error.value.exit_code == 5
+    for attainable in (None, {"CPU": 64.0, "GPU": 16.0}):
+        told = list(resources(config, head, {"CPU": 4.0}, attainable))
+        assert told[-1].startswith("WARNING: asked: 17 CPUs and 16 GPUs for 16 workers and the stream; not there now: ")
+        assert "12 CPUs for training, 16 GPUs for training, 1 CPUs for the stream." in told[-1]
+    with pytest.raises(ClusterError, match="the cluster can never give 17 CPUs and 16 GPUs") as error:
+        list(resources(config, head, {"CPU": 4.0}, {"CPU": 64.0, "GPU": 8.0}))
+    assert error.value.got == "at most 8 GPUs"
+    assert error.value.exit_code == 5
+
+
+@pytest.mark.parametrize(
+    ("train", "data", "missing"),
+    [
+        ({"CPU": 4.0}, {"CPU": 64.0}, "4 CPUs for training"),  # as many as are wanted in all, but on the other plane
+        ({"CPU": 64.0}, {}, "1 CPUs for the stream"),
+        ({}, {}, "8 CPUs for training, 1 CPUs for the stream"),
+        ({"CPU": 8.0}, {"CPU": 1.0}, None),
+    ],
+)
+def test_each_plane_must_have_its_own(train: dict[str, float], data: dict[str, float], missing: str | None) -> None:
+    either = {"CPU": train.get("CPU", 0.0) + data.get("CPU", 0.0)}
+    told = list(resources(ClusterConfig(workers=8, use_gpu=False), Planes(train, data, either), either, None))
+    assert (f"not there now: {missing}." in told[-1]) if missing else told[-1].endswith("free now")
 
 
 def test_the_fullest_disk_is_named_and_one_that_ray_would_not_spill_to_is_a_warning() -> None:

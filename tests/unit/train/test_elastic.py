@@ -110,9 +110,12 @@ def test_a_group_that_runs_shrinks_at_once_but_not_for_a_node_that_is_only_about
 
 def test_a_group_that_leaves_no_cpu_is_told_of_and_ends(world: World) -> None:
     said: list[str] = []
-    room = Room(CLUSTER, said.append)
+    freed: list[int] = []
+    place = SimpleNamespace(free=lambda: freed.append(1))
+    room = Room(CLUSTER, said.append, place)
     world.nodes = 3
     room.look(2)
+    assert freed  # workers train: the stream has the CPU that was kept for it
     world.nodes = 2
     for _ in range(100):
         world.now += 1
