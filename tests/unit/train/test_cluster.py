@@ -12,6 +12,7 @@ import pytest
 from simclr_ray.config import ClusterConfig
 from simclr_ray.train.address import HOOK
 from simclr_ray.train.cluster import CPUS_FOR_A_GPU, differences, resolve_views, versions
+from simclr_ray.train.planes import Planes
 from simclr_ray.views.make import Maker
 
 MEASURED = json.loads((Path(__file__).parents[3] / "benchmarks" / "results" / "views.json").read_text())
@@ -40,6 +41,13 @@ def test_the_stream_leaves_colours_to_gpus_below_the_cpus_that_its_maker_of_view
         assert where == expected
         assert why.startswith(f"the stream has {for_a_gpu:.1f} CPUs for each GPU; ")
         assert f"by {maker} are taken to need {needed} (ResNet-50 on an H100, images of 500 x 375)" in why
+
+
+def test_on_a_cluster_without_nodes_for_the_stream_they_will_do_the_colours() -> None:
+    """An autoscaler adds as many as are asked for; a choice for the GPUs would stay for the whole run."""
+    empty = Planes({}, {}, {})
+    config = ClusterConfig(workers=32, data_labels={"simclr-role": "data"})
+    assert resolve_views("auto", config, empty, workers=32, use_gpu=True, maker="kernel")[0] == "cpu"
 
 
 @pytest.mark.parametrize(
