@@ -236,8 +236,9 @@ class ClusterConfig(Section):
     """Labels of the nodes that train workers may run on, such as `{simclr-role: train}`; a value may be `!value` (any
     other), `in(a, b)` or `!in(a, b)`. null: any node."""
     data_labels: Labels | None = None
-    """Labels of the nodes that reading, decoding and views may run on, such as `{simclr-role: data}`, so that they
-    leave the CPUs of GPU nodes alone and scale by their own queue. null: any node."""
+    """Labels of the nodes that reading, decoding and views may run on, such as `{ray-subcluster: data}`, so that they
+    leave the CPUs of GPU nodes alone; with that key an autoscaler adds such nodes where the stream is too slow, see
+    cluster/README.md. null: any node."""
     threads_per_worker: Count | None = None
     """Compute threads of a CPU train worker; null: the machine's cores shared among the workers on it."""
     min_workers: Count | None = None

@@ -1,7 +1,8 @@
 """Which nodes train and which make views: the two planes of a cluster, as labels of its nodes tell them apart.
 
 Without labels both planes are the whole cluster, and only counting keeps a CPU free for the stream. With them, decoding
-and views stay off the GPU nodes' CPUs, and an autoscaler adds nodes of the kind whose queue is long.
+and views stay off the GPU nodes' CPUs, and an autoscaler adds nodes of the kind that is missing; of the stream's where
+their label is `ray-subcluster`, by which Ray Data 2.60 sorts the cluster's CPUs into its own and others'.
 """
 
 from __future__ import annotations

@@ -20,10 +20,11 @@ from tests.faults.commands import losses, recipe
 from tests.faults.growing import NodeType, alive_by_label, alive_nodes, growing_cluster
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1200)]
-ROLE = "simclr-role"
+TRAIN, DATA = {"simclr-role": "train"}, {"ray-subcluster": "data"}
+"""Of the second key Ray's own autoscaling takes notice: with another, it counts the CPUs of both kinds together."""
 
 
-TYPES = {role: NodeType(nodes, cpus, {ROLE: role}) for role, nodes, cpus in (("train", 1, 4), ("data", 2, 1))}
+TYPES = {"train": NodeType(1, 4, TRAIN), "data": NodeType(2, 1, DATA)}
 """The node that trains has CPUs to spare, which must not keep those for views from being asked for."""
 
 
@@ -33,14 +34,15 @@ def grown(tmp_path: Path, manifest: Manifest, **changes: Any) -> tuple[Counter[s
     with growing_cluster(tmp_path, TYPES) as address:
         file = recipe(
             tmp_path / "run", manifest, cluster__address=address, cluster__workers=1, cluster__start_timeout_s=400.0,
-            cluster__train_labels={ROLE: "train"}, cluster__data_labels={ROLE: "data"}, **changes,
+            cluster__train_labels=TRAIN, cluster__data_labels=DATA, **changes,
         )  # fmt: skip
         assert alive_nodes(address) == 1
 
         def watch() -> None:
             nonlocal most
             while not done.wait(0.5):
-                most |= alive_by_label(address, ROLE)
+                for key in (*TRAIN, *DATA):
+                    most |= alive_by_label(address, key)
 
         thread = threading.Thread(target=watch)
         thread.start()

@@ -167,7 +167,7 @@ def test_every_cluster_has_a_guard_a_calm_head_and_two_planes(overlay: str) -> N
     assert (head["serviceType"], head["rayStartParams"]["num-cpus"]) == ("ClusterIP", "0")
     groups = {group["groupName"]: group for group in spec["workerGroupSpecs"]}
     assert {name: group["labels"] for name, group in groups.items()} == {
-        "train": {"simclr-role": "train"}, "data": {"simclr-role": "data"},
+        "train": {"simclr-role": "train"}, "data": {"ray-subcluster": "data"},
     }  # fmt: skip
     for group in (head, *groups.values()):
         pod = group["template"]["spec"]
@@ -210,7 +210,7 @@ def test_a_jobs_cluster_is_the_overlays_and_its_command_is_one_of_ours() -> None
         assert job["backoffLimit"] >= 1
         assert yaml.safe_load(job["runtimeEnvYAML"])["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"] == "600"
     assert config.cluster.train_labels == {"simclr-role": "train"}
-    assert config.cluster.data_labels == {"simclr-role": "data"}
+    assert config.cluster.data_labels == {"ray-subcluster": "data"}
 
 
 def vm() -> dict[str, Any]:
@@ -222,11 +222,12 @@ def test_the_file_for_ray_up_passes_rays_schema_and_its_own_checks() -> None:
     assert list(validate.vm_problems(config)) == []
     types = config["available_node_types"]
     assert types["gpu-train"]["labels"] == {"simclr-role": "train"}
-    assert types["cpu-data"]["labels"] == {"simclr-role": "data"}
+    assert types["cpu-data"]["labels"] == {"ray-subcluster": "data"}
     assert types["cpu-data"]["node_config"]["InstanceMarketOptions"]["MarketType"] == "spot"
     assert "InstanceMarketOptions" not in types["gpu-train"]["node_config"]
     assert all(node["node_config"]["MetadataOptions"]["HttpTokens"] == "required" for node in types.values())
     assert [rule["FromPort"] for rule in config["provider"]["security_group"]["IpPermissions"]] == [22]
+    assert any("RAY_enable_autoscaler_v2=1" in option for option in config["docker"]["run_options"])
     assert "--dashboard-host=127.0.0.1" in config["head_start_ray_commands"][-1]
 
 
