@@ -78,15 +78,22 @@ class Encoded(Dataset[tuple[Any, int]]):
 
     transform: Callable[[Image.Image], Any]
 
-    def __init__(self, images: list[bytes]) -> None:
-        self._images = images
+    def __init__(self, images: list[bytes], background: tuple[int, int, int]) -> None:
+        self._images, self._background = images, background
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         with Image.open(io.BytesIO(self._images[index])) as image:
-            return self.transform(image.convert("RGB")), 0
+            return self.transform(self._opaque(image)), 0
+
+    def _opaque(self, image: Image.Image) -> Image.Image:
+        """As ours has it: what shines through is the background, and not the colours hidden below."""
+        if not image.has_transparency_data:
+            return image.convert("RGB")
+        canvas = Image.new("RGBA", image.size, (*self._background, 255))
+        return Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
 
 
 def installed() -> str | None:
@@ -116,7 +123,7 @@ def train(task: Task) -> Trained:
     manifest = read_manifest(str(config.data.train))
     derived, policy = derive(config, manifest), policy_of(config.views)
     images = LightlyDataset.from_torch_dataset(
-        Encoded(encoded_images(manifest)), transform=SimCLRTransform(**_transform(policy))
+        Encoded(encoded_images(manifest), config.data.background), transform=SimCLRTransform(**_transform(policy))
     )
     torch.manual_seed(config.run.seed + task.rank)
     loader = DataLoader(
