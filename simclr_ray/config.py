@@ -342,7 +342,8 @@ class DistillConfig(Section):
     temperature: Annotated[float, Gt(0), Le(10)] = 1.0
     """Of both softmaxes: 1 from a larger teacher, 0.1 from one of the student's size."""
     label_fraction: Fraction = 0.0
-    """Part of the training images whose labels the student sees too, balanced over the classes; 0: none."""
+    """Part of the training images whose labels the student sees too, the same of each class; 0: none. Drawn by
+    `run.seed`, and so not those that the teacher was fine-tuned with: together they may be twice as many labels."""
     alpha: Fraction = 0.5
     """Weight of the teacher beside those labels."""
 

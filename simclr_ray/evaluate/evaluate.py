@@ -31,12 +31,13 @@ from simclr_ray.evaluate.encode import (
 )
 from simclr_ray.evaluate.knn import knn_top1, nearest
 from simclr_ray.evaluate.linear import L2_GRID, PAPER_L2_GRID, probe_over_seeds
+from simclr_ray.evaluate.online import online_records, online_results
 from simclr_ray.evaluate.protocols import SupervisedRow, finite, measure_supervised, supervised_text
 from simclr_ray.evaluate.table import EvaluationRow, to_markdown, to_text
 from simclr_ray.evaluate.workers import Represent, encoders_of
 from simclr_ray.observe.console import Console
 from simclr_ray.observe.health import alignment, contrastive_accuracy, rankme, uniformity
-from simclr_ray.observe.metrics import read_jsonl
+from simclr_ray.observe.metrics import Record, parse_jsonl
 from simclr_ray.train.derive import limits_of
 from simclr_ray.train.run import RunFolder, open_existing
 from simclr_ray.version import __version__
@@ -93,6 +94,9 @@ def evaluate(run: str, overrides: Sequence[str] = (), *, pictures: bool = True) 
     )
     out = folder.path("eval", config.evaluate.name) if config.evaluate.name else folder.path("eval")
     about = _about(folder, config, trained, train_manifest, test_manifest)
+    about["images"] = {
+        name: {"used": len(one.labels), "rejected": one.rejected} for name, one in (("train", train), ("test", test))
+    }
     rows: list[EvaluationRow] = []
     if "probes" in config.evaluate.protocols:
         costs = {}
@@ -110,7 +114,8 @@ def evaluate(run: str, overrides: Sequence[str] = (), *, pictures: bool = True) 
     if supervised:
         console.block("\n" + supervised_text(supervised) + "\n")
     if pictures and rows:
-        for path in _draw(folder, out, trained, train, test, rows, class_names):
+        measured = online_records(online_results(folder), config.train.global_batch)
+        for path in _draw(folder, out, trained, train, test, rows, class_names, measured):
             console.say(f"picture: {path}")
     return Evaluation(tuple(rows), out, trained.step, tuple(supervised))
 
@@ -120,7 +125,24 @@ def _manifests(config: Config) -> tuple[Manifest, Manifest]:
     train_uri = config.evaluate.train or config.data.train
     if config.evaluate.test is None or train_uri is None:
         raise ConfigError("no test set is named", where="evaluate.test", fix="add --set evaluate.test=FOLDER")
-    return read_manifest(train_uri), read_manifest(config.evaluate.test)
+    train, test = read_manifest(train_uri), read_manifest(config.evaluate.test)
+    refuse_other_classes(train, test)
+    return train, test
+
+
+def refuse_other_classes(train: Manifest, test: Manifest) -> None:
+    """Refuse two sets whose labels do not mean the same; sets of numbers may have more of them than the other.
+
+    Raises:
+        DataError: a label's number names one class in one set and another in the other.
+    """
+    for number, (a, b) in enumerate(zip(train.classes, test.classes, strict=False)):
+        if a != b:
+            raise DataError(
+                "the two labelled sets number their classes differently", where=f"{train.folder} and {test.folder}",
+                got=f"label {number} is {a!r} in the first and {b!r} in the second",
+                fix="pack both from folders (or lists) that have the same classes, also where one has no image of some",
+            )  # fmt: skip
 
 
 def _data(
@@ -193,7 +215,7 @@ def _write(folder: str, rows: Sequence[EvaluationRow], about: Mapping[str, Any],
 
 def _draw(
     folder: RunFolder, out: str, trained: TrainedEncoder, train: LabelledSet, test: LabelledSet,
-    rows: Sequence[EvaluationRow], names: tuple[str, ...],
+    rows: Sequence[EvaluationRow], names: tuple[str, ...], measured: Sequence[Record],
 ) -> list[str]:  # fmt: skip
     """Draw the pictures beside and put them into `eval/`, which may be on an object store."""
     from simclr_ray.evaluate.pictures import comparison_bars, curves, neighbour_sheet, views_sheet
@@ -201,8 +223,8 @@ def _draw(
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         try:
-            (place / "metrics.jsonl").write_bytes(storage.read_bytes(folder.metrics))
-            curves(read_jsonl(place / "metrics.jsonl"), place / "curve.png")
+            records = parse_jsonl(storage.read_bytes(folder.metrics), where=folder.metrics)
+            curves(records, place / "curve.png", measured=measured)
         except FileNotFoundError:
             if trained.step:  # imported weights, of step 0, were trained elsewhere
                 raise DataError(

@@ -15,7 +15,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,9 +102,10 @@ class OnlineEvaluator:
         torch.set_num_threads(1)
         self._run, self._config = run, config
         self._stopping = False
+        self._invalid: set[int] = set()
         self._gauges = ray_gauges(run.uri, moments=False)
         self._recorder = Recorder([self._gauges])
-        self._results: list[dict[str, Any]] = _read(run)
+        self._results: list[dict[str, Any]] = online_results(run)
 
     def work(self) -> None:
         """Measure until the run has ended; the last checkpoint is measured too."""
@@ -131,8 +132,8 @@ class OnlineEvaluator:
         return self._results
 
     def _due(self) -> int | None:
-        """The newest checkpoint, if it is far enough from the last that was measured."""
-        committed = ckpt.committed_steps(self._run.checkpoints)
+        """The newest checkpoint that can be read, if it is far enough from the last that was measured."""
+        committed = [step for step in ckpt.committed_steps(self._run.checkpoints) if step not in self._invalid]
         if not committed:
             return None
         last = self._results[-1]["step"] if self._results else 0
@@ -144,7 +145,8 @@ class OnlineEvaluator:
         try:
             found = ckpt.load(self._run.checkpoints, step)
         except ckpt.InvalidCheckpoint:
-            return  # pruned meanwhile; a newer one is there
+            self._invalid.add(step)  # pruned meanwhile, and a newer one is there; or damaged, and an older one is
+            return
         model = build_model(self._config)
         model.load_state_dict(found.model)
         numbers = measure(model.encoder.eval(), data, self._config)
@@ -154,14 +156,37 @@ class OnlineEvaluator:
             "step": step,
             **{name: value if np.isfinite(value) else None for name, value in numbers.items()},
             "images": len(data.pool) + len(data.queries),
+            "wall_s": time.time(),
             "seconds": round(time.perf_counter() - begun, 3),
             "cpu_s": round(spent, 3),
             "cpu_s_a_step": round(spent / max(1, step - last), 6),
         })  # fmt: skip
-        images = step * self._config.train.global_batch
-        self._recorder.log(Record(step, images, 0, time.time(), {"repr/rankme": numbers["rankme"]}))
+        self._recorder.log(online_records(self._results[-1:], self._config.train.global_batch)[0])
         lines = "".join(json.dumps(one) + "\n" for one in self._results)
         storage.write_bytes(self._run.path("eval", NAME), lines.encode())
+
+
+def online_records(results: Sequence[Mapping[str, Any]], global_batch: int) -> list[Record]:
+    """Results as records of the run: whoever draws or exports metrics can take them with the others.
+
+    Args:
+        results: Lines of `eval/online.jsonl`.
+        global_batch: Images of a step.
+    """
+    names = {"rankme": "repr/rankme", "knn_top1": "eval/knn_top1", "linear_top1": "eval/linear_top1"}
+    return [
+        Record(
+            int(one["step"]), int(one["step"]) * global_batch, 0, float(one.get("wall_s", 0.0)),
+            {names[key]: float(one[key]) for key in names if one.get(key) is not None},
+        )
+        for one in results
+    ]  # fmt: skip
+
+
+def parse_online(data: bytes) -> list[dict[str, Any]]:
+    """Lines of `eval/online.jsonl`; a torn last one is left out."""
+    lines = data.decode().splitlines(keepends=True)
+    return [dict(json.loads(line)) for line in lines if line.endswith("\n")]
 
 
 @contextlib.contextmanager
@@ -210,9 +235,9 @@ def _sentence(one: dict[str, Any]) -> str:
     )
 
 
-def _read(run: RunFolder) -> list[dict[str, Any]]:
+def online_results(run: RunFolder) -> list[dict[str, Any]]:
+    """What was measured while the run trained, oldest first; nothing where that was not asked for."""
     try:
-        lines = storage.read_bytes(run.path("eval", NAME)).decode().splitlines()
+        return parse_online(storage.read_bytes(run.path("eval", NAME)))
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in lines if line]

@@ -135,7 +135,9 @@ def neighbour_sheet(
     _save(figure, path)
 
 
-def curves(records: Sequence[Record], path: PathLike, *, title: str = "Training") -> None:
+def curves(
+    records: Sequence[Record], path: PathLike, *, title: str = "Training", measured: Sequence[Record] = ()
+) -> None:
     """Draw loss, contrastive accuracy (with the kNN accuracy), learning rate and throughput against images seen.
 
     Thin lines are the values, strong ones their running mean; a dotted line marks where a new attempt resumed.
@@ -144,6 +146,7 @@ def curves(records: Sequence[Record], path: PathLike, *, title: str = "Training"
         records: what `read_jsonl` returns; values that are missing or NaN leave gaps.
         path: the PNG to write; folders are made.
         title: one line above.
+        measured: what was measured of checkpoints meanwhile, see `evaluate.online.online_records`.
 
     Raises:
         DataError: there are no records.
@@ -157,7 +160,8 @@ def curves(records: Sequence[Record], path: PathLike, *, title: str = "Training"
     _curve(loss, records, "train/loss", _BLUE)
     loss.set_title("NT-Xent loss (nat)", fontsize=11, loc="left")
     _curve(accuracy, records, "train/contrastive_accuracy", _BLUE, scale=100, label="contrastive, training batch")
-    _curve(accuracy, records, "eval/knn_top1", _ORANGE, scale=100, label="kNN top-1, held out", marker="o")
+    also = [*records, *measured]
+    _curve(accuracy, also, "eval/knn_top1", _ORANGE, scale=100, label="kNN top-1, held out", marker="o")
     accuracy.set_title("Accuracy (%)", fontsize=11, loc="left")
     _curve(rate, records, "train/learning_rate", _BLUE, smooth=False)
     rate.set_title("Learning rate", fontsize=11, loc="left")

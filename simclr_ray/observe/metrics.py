@@ -48,19 +48,14 @@ METRICS: Mapping[str, Metric] = {
     "data/images_per_s": Metric("images consumed by all ranks, since the last record", "image/s"),
     "data/rejected_total": Metric("images that could not be used, since the start of the run", "image"),
     "data/animated_total": Metric("images that are the first of several frames, since the start of the run", "image"),
-    "data/rejected_fraction": Metric("share of the images read that could not be used", "fraction"),
     "time/step_s": Metric("time of one optimizer step, waiting included, mean since the last record", "s"),
     "time/checkpoint_stall_s": Metric("time the step loop stood still for the last checkpoint", "s"),
     "time/checkpoint_s": Metric("time the last checkpoint took to be written, beside the training", "s"),
     "time/checkpoint_age_s": Metric("age of the newest checkpoint; before the first, of the attempt", "s"),
-    "time/evaluate_s": Metric("time of the last evaluation", "s"),
     "gpu/peak_mib": Metric("most memory held by tensors on rank 0's device since the start", "MiB"),
-    "repr/rankme": Metric("effective rank of the embeddings (Garrido et al. 2023)"),
-    "repr/alignment": Metric("squared distance of positive pairs on the sphere (Wang & Isola 2020); lower is closer"),
-    "repr/uniformity": Metric("log mean Gaussian potential of pairs (Wang & Isola 2020); lower is more uniform"),
-    "repr/contrastive_accuracy": Metric("held-out images whose nearest other view is their own", "fraction"),
-    "eval/knn_top1": Metric("weighted nearest-neighbour accuracy on held-out images", "fraction"),
-    "eval/linear_top1": Metric("linear-probe accuracy on held-out images", "fraction"),
+    "repr/rankme": Metric("effective rank of held-out images' embeddings (Garrido et al. 2023); of `evaluate.every`"),
+    "eval/knn_top1": Metric("weighted nearest-neighbour accuracy on held-out images; of `evaluate.every`", "fraction"),
+    "eval/linear_top1": Metric("linear-probe accuracy on held-out images; of `evaluate.every`", "fraction"),
 }
 """Every name a record may carry. Sinks, console and pictures take their wording from here."""
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from simclr_ray import storage
+from simclr_ray.config import Config
 from simclr_ray.configure import ConfigSource, load_config, use_storage
 from simclr_ray.errors import ConfigError
+from simclr_ray.train.derive import policy_of
 from simclr_ray.train.pretrain import RunResult, pretrain
 from simclr_ray.train.run import open_existing
 
@@ -46,13 +48,31 @@ def distill(
     chosen += [f"distill.label_fraction={label_fraction}"] if label_fraction is not None else []
     settings = load_config(config, chosen)
     use_storage(settings)
-    run, _ = open_existing(teacher)
+    run, of_teacher = open_existing(teacher)
+    _refuse_other_input(of_teacher, settings, run.uri)
     name = classifier or settings.distill.classifier or _only_classifier(run.uri)
     values = settings.model_dump(mode="json")
     values["distill"] |= {"teacher": run.uri, "classifier": name}
     settings = load_config(values)
     values["model"]["projection_dim"] = load_teacher(settings.distill).num_classes
     return pretrain(load_config(values), fresh=fresh)
+
+
+def _refuse_other_input(teacher: Config, student: Config, where: str) -> None:
+    """Both see the same views, so both must have learned to see them so.
+
+    Raises:
+        ConfigError: with what differs.
+    """
+    theirs, ours = policy_of(teacher.views), policy_of(student.views)
+    for name in ("size", "mean", "std", "flavour"):
+        a, b = getattr(theirs, name), getattr(ours, name)
+        if a != b:
+            raise ConfigError(
+                f"teacher and student do not see images alike: they differ in {name}", where=where,
+                got=f"{b} of the student", expected=f"{a}, as the teacher was trained",
+                fix="give the student the teacher's views.preset, views.flavour and views.size",
+            )  # fmt: skip
 
 
 def _only_classifier(run: str) -> str:

@@ -20,6 +20,7 @@ from simclr_ray import storage
 from simclr_ray.config import Config
 from simclr_ray.configure import load_config
 from simclr_ray.errors import ConfigError, DataError, SimclrError
+from simclr_ray.evaluate.online import online_records, parse_online
 from simclr_ray.observe.console import duration
 from simclr_ray.observe.metrics import Record, parse_jsonl
 from simclr_ray.train.lock import holder_of, is_alive
@@ -79,6 +80,8 @@ class RunRecord:
     derived: Mapping[str, Any] = field(default_factory=dict)
     records: tuple[Record, ...] = ()
     """Of `metrics.jsonl`, in the order of their steps."""
+    measured: tuple[Record, ...] = ()
+    """Of `eval/online.jsonl`: what was measured of checkpoints while training."""
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     """`eval/results.json`; empty where the run was not evaluated."""
     status: str = "unknown"
@@ -171,6 +174,10 @@ def read_record(folder: str) -> RunRecord:
         run, "metrics.jsonl", lambda data: parse_jsonl(data, where=run.metrics), [], notes,
         absent=None if info.get("status") == "new" else "no metrics.jsonl yet, so there are no curves",
     )  # fmt: skip
+    batch = config.train.global_batch if config else 0
+    measured: list[Record] = _read(
+        run, "eval/online.jsonl", lambda data: online_records(parse_online(data), batch), [], notes
+    )
     evaluation: dict[str, Any] = _read(run, "eval/results.json", lambda data: dict(json.loads(data)), {}, notes)
     return RunRecord(
         run.uri,
@@ -178,6 +185,7 @@ def read_record(folder: str) -> RunRecord:
         config,
         resolved.get("derived") or {},
         tuple(sorted(records, key=lambda record: record.step)),
+        tuple(measured) if config else (),
         evaluation,
         _status(run.uri, str(info.get("status", "unknown"))),
         tuple(notes),
@@ -238,7 +246,7 @@ def _read(
     except FileNotFoundError:
         if absent:
             notes.append(absent)
-    except (DataError, ValueError, TypeError, yaml.YAMLError) as error:
+    except (DataError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
         said = str(error) if isinstance(error, SimclrError) else f"{type(error).__name__}: {error}"
         notes.append(f"{name} cannot be read: {said}")
     return default

@@ -55,8 +55,6 @@ def health(records: Sequence[RunRecord], labels: Sequence[str]) -> list[Markup]:
             labels,
             ("train/contrastive_entropy", "Entropy over candidates", Axis("nat")),
             ("repr/rankme", "RankMe while training", Axis("rank", low=1.0)),
-            ("repr/alignment", "Alignment while training", Axis("lower: closer", low=0.0)),
-            ("repr/uniformity", "Uniformity while training", Axis("lower: more uniform")),
         ),
         plane(
             _marks(records, labels),
@@ -132,7 +130,7 @@ def _series(
     """A metric of each run that recorded it."""
     found = []
     for colour, (record, label) in enumerate(zip(records, labels, strict=True)):
-        kept = [one for one in record.records if name in one.values]
+        kept = [one for one in (*record.records, *record.measured) if name in one.values]
         if not kept:
             continue
         told = words_of if len(records) == 1 else f"{label} {words_of}".strip()

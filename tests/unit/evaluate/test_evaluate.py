@@ -23,7 +23,7 @@ from simclr_ray.data.manifest import Manifest
 from simclr_ray.data.shards import ImageRow
 from simclr_ray.errors import ConfigError, DataError, StorageError
 from simclr_ray.evaluate.encode import load_encoder, pixels, random_encoder, read_labelled
-from simclr_ray.evaluate.evaluate import Evaluation, evaluate
+from simclr_ray.evaluate.evaluate import Evaluation, evaluate, refuse_other_classes
 from simclr_ray.model.simclr import SimCLR
 from simclr_ray.observe.metrics import JsonlSink, Record
 from simclr_ray.train import checkpoint as ckpt
@@ -356,3 +356,24 @@ def test_one_test_image_is_too_few(own_run: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="pairs of test images") as caught:
         evaluate(str(own_run), [f"evaluate.test={one.folder}"])
     assert one.folder in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "differ"),
+    [
+        (("cat", "dog", "owl"), ("cat", "owl"), "label 1 is 'dog' in the first and 'owl' in the second"),
+        (("cat", "dog"), ("ant", "cat", "dog"), "label 0 is 'cat' in the first and 'ant' in the second"),
+        (("0", "1", "2"), ("0", "1"), None),  # numbers: a test set without the last class
+        (("cat", "dog"), (), None),  # of one the names are not known
+    ],
+)
+def test_labels_that_mean_another_class_in_the_test_set_are_refused(
+    sets: tuple[Manifest, Manifest], train: tuple[str, ...], test: tuple[str, ...], differ: str | None
+) -> None:
+    first, second = (replace(data, classes=classes) for data, classes in zip(sets, (train, test), strict=True))
+    if differ is None:
+        refuse_other_classes(first, second)
+        return
+    with pytest.raises(DataError, match="number their classes differently") as error:
+        refuse_other_classes(first, second)
+    assert error.value.got == differ

@@ -15,6 +15,7 @@ from simclr_ray.errors import ConfigError
 from simclr_ray.observe.metrics import Record
 from simclr_ray.publish.describe import comparable_losses, facts_of, settings_table
 from simclr_ray.publish.record import RunRecord, attempts_of, labels_of, read_record
+from simclr_ray.publish.report_charts import health, learning
 from simclr_ray.train.lock import Holder, hold
 from tests.unit.publish.made import NOON, made_run, record_of, results
 
@@ -31,6 +32,19 @@ def test_a_finished_run_is_read_whole(tmp_path: Path, data_set: Manifest) -> Non
     facts = dict(facts_of(record))
     assert facts["steps"] == "6 of 6 (100%)"
     assert facts["waited for data"] == "25.0% of the step time"
+
+
+def test_what_was_measured_while_training_is_read_and_drawn(tmp_path: Path, data_set: Manifest) -> None:
+    run = made_run(tmp_path / "run", data_set)
+    lines = [{"step": step, "rankme": 5.0 + step, "knn_top1": 0.5, "linear_top1": 0.6} for step in (2, 4)]
+    (tmp_path / "run" / "eval").mkdir(exist_ok=True)
+    (tmp_path / "run" / "eval" / "online.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    record = read_record(run.uri)
+    assert [one.samples_seen for one in record.measured] == [128, 256]
+    assert "kNN, held out" in "".join(learning([record], ["run"]))
+    assert "RankMe while training" in "".join(health([record], ["run"]))
+    (tmp_path / "run" / "eval" / "online.jsonl").write_text('{"rankme": 1}\n')
+    assert read_record(run.uri).notes[0].startswith("eval/online.jsonl cannot be read")
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
