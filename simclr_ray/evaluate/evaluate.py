@@ -29,6 +29,7 @@ from simclr_ray.evaluate.encode import (
     random_encoder,
     read_labelled,
 )
+from simclr_ray.evaluate.intervals import interval95
 from simclr_ray.evaluate.knn import knn_top1, nearest
 from simclr_ray.evaluate.linear import L2_GRID, PAPER_L2_GRID, probe_over_seeds
 from simclr_ray.evaluate.online import online_records, online_results
@@ -207,10 +208,18 @@ def _measure(
 
 def _write(folder: str, rows: Sequence[EvaluationRow], about: Mapping[str, Any], costs: Mapping[str, float]) -> None:
     """`cost_s` are the seconds of each row, on one process or `evaluate.workers` actors; the last of the file."""
-    numbers = {**about, "rows": [finite(asdict(row)) for row in rows], "cost_s": dict(costs)}
+    numbers = {**about, "rows": [_numbers(row) for row in rows], "cost_s": dict(costs)}
     text = json.dumps(numbers, indent=1, allow_nan=False)
     storage.write_bytes(storage.join(folder, "results.json"), text.encode())
     storage.write_bytes(storage.join(folder, "table.md"), to_markdown(rows).encode())
+
+
+def _numbers(row: EvaluationRow) -> dict[str, Any]:
+    """A row with the interval that the probe's seeds leave its mean in; it says nothing of pretraining's own seeds."""
+    numbers = asdict(row)
+    for labels, summary in row.linear.items():
+        numbers["linear"][labels]["interval95"] = interval95(summary.values)._asdict()
+    return dict(finite(numbers))
 
 
 def _draw(
