@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
@@ -119,6 +120,30 @@ def test_the_search_is_as_measured() -> None:
     ):
         assert words in text, words
     assert measured["killed"]["of_them_as_they_were"] == measured["killed"]["finished_before"]
+
+
+def test_quality_beside_lightly_is_as_measured() -> None:
+    measured = json.loads((ROOT / "benchmarks/results/quality.json").read_text())
+    text = " ".join(README.split())
+    for data, name in (("fashion-mnist", "Fashion-MNIST"), ("emoji", "emoji")):
+        seen = max(one["images_seen"] for one in measured["cells"] if one["cell"]["data"] == data)
+        cells = [
+            f"{100 * mean(values):.1f} ± {100 * stdev(values):.1f}"
+            for measure in ("knn", "linear") for side in ("ours", "lightly")
+            for values in [measured["sides"][f"{data}, {side}"][measure]]
+        ]  # fmt: skip
+        pixels = measured["sides"][f"{data}, raw pixels"]
+        cells.append(f"{100 * pixels['knn'][0]:.1f}, {100 * pixels['linear'][0]:.1f}")
+        row = f"| {name}, {seen:,} images seen | {' | '.join(cells)} |"
+        assert row in README, row
+    told = {}
+    for key, one in measured["difference"].items():
+        low, high = one["interval"]
+        told[key] = f"{mean(one['points']):+.1f} ({low:+.1f} to {high:+.1f})"
+    for measure, word in (("knn", "kNN"), ("linear", "linear")):
+        words = f"{word} {told[f'fashion-mnist, {measure}']} and {told[f'emoji, {measure}']}"
+        assert words in text, words
+    assert len(measured["sides"]["emoji, ours"]["knn"]) >= 3
 
 
 def rate(runs: list[dict[str, float]]) -> float:
