@@ -8,8 +8,8 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -109,6 +109,21 @@ def test_killed_while_it_removes_its_work(
         pack(str(source), str(destination), **SETTINGS)
 
 
+def killed_when(moment: Callable[[], bool], command: list[str], environment: Mapping[str, str]) -> bool:
+    """Kill a program and all it started at a moment; whether it was still running then."""
+    process = subprocess.Popen(
+        command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 90
+    while process.poll() is None and time.monotonic() < deadline and not moment():
+        time.sleep(0.002)
+    running = process.poll() is None
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(30)
+    return running
+
+
 def test_a_process_that_is_killed_leaves_no_duplicate_and_no_hole(
     local_ray: None, source: Path, tmp_path: Path
 ) -> None:
@@ -125,18 +140,11 @@ def test_a_process_that_is_killed_leaves_no_duplicate_and_no_hole(
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
     environment.pop("RAY_ADDRESS", None)  # of the Ray of this process
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], env=environment, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
     notes = destination / work.PARTS
-    deadline = time.monotonic() + 90
-    while process.poll() is None and time.monotonic() < deadline:
-        if len(list(notes.glob("shard-*.json"))) >= 2:
+    for _ in range(3):  # on a busy machine it may be done before anybody looks
+        if killed_when(lambda: len(list(notes.glob("shard-*.json"))) >= 2, [sys.executable, "-c", script], environment):
             break
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait(30)
+        storage.delete_folder(str(destination))
     written = {path.name for path in notes.glob("shard-*.json")}
     assert len(written) >= 2
     assert not (destination / "manifest.parquet").exists(), "it was not in the middle"

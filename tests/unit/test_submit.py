@@ -263,7 +263,7 @@ def test_a_dashboard_that_is_not_there_or_not_well_is_an_error(answering: Any) -
 
 def commands_of_the_guide() -> list[list[str]]:
     """Every `simclr-ray` command that `cluster/README.md` shows."""
-    text = (ROOT / "cluster" / "README.md").read_text()
+    text = (ROOT / "cluster" / "README.md").read_text().replace("\\\n", " ")  # a command over two lines
     lines = [line for line in text.splitlines() if line.startswith("simclr-ray ")]
     return [shlex.split(line, comments=True) for line in lines]
 
