@@ -22,9 +22,7 @@ pytestmark = [
 ]
 
 
-def test_a_cluster_that_is_given_is_looked_at_and_what_it_cannot_give_is_code_5(
-    data_set: Manifest, tmp_path: Path
-) -> None:
+def test_a_cluster_that_is_given_is_looked_at_and_what_it_has_not_is_said(data_set: Manifest, tmp_path: Path) -> None:
     with ray_head(tmp_path, token="0123456789abcdef0123456789abcdef", cpus=3, labels={"simclr-role": "data"}) as head:
         good = recipe(tmp_path / "good", data_set, cluster__address=head.gcs, cluster__workers=1)
         much = recipe(tmp_path / "much", data_set, cluster__address=head.gcs, cluster__workers=4)
@@ -39,7 +37,7 @@ def test_a_cluster_that_is_given_is_looked_at_and_what_it_cannot_give_is_code_5(
             check=False,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    (code, said, err), (too_much, _, why), (unlabelled, _, which) = json.loads(done.stdout.splitlines()[-1])
+    (code, said, err), (too_much, why, _), (unlabelled, _, which) = json.loads(done.stdout.splitlines()[-1])
     assert code == 0, err
     assert "cluster: 3 CPUs (3 free)" in said
     assert "asked: 2 CPUs and 0 GPUs for 1 worker and the stream; free now" in said
@@ -51,5 +49,7 @@ def test_a_cluster_that_is_given_is_looked_at_and_what_it_cannot_give_is_code_5(
         assert re.search(rf"{what}.*\(on [0-9.]+\)", said), said
     assert "nothing stands against pretrain" in said
     assert float(said.rsplit("checked in ", 1)[1].split(" s;")[0]) < 60
-    assert (too_much, "the cluster can never give 5 CPUs" in why) == (5, True), why
+    assert too_much == 0  # an autoscaler may add them, and Ray does not say whether there is one
+    assert "WARNING: asked: 5 CPUs and 0 GPUs for 4 workers and the stream; not there now: " in why
+    assert "1 CPUs for training, 1 CPUs for the stream" in why
     assert (unlabelled, "cluster.train_labels: no node of the cluster has these labels" in which) == (5, True), which

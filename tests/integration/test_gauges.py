@@ -47,8 +47,11 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHead]:
 
 
 def scraped(head: RayHead, run: str) -> dict[str, float]:
-    """Values of the gauges of one run, as Prometheus would read them."""
-    text = urllib.request.urlopen(head.metrics, timeout=10).read().decode()
+    """Values of the gauges of one run, as Prometheus would read them; none while the endpoint is not there yet."""
+    try:
+        text = urllib.request.urlopen(head.metrics, timeout=10).read().decode()
+    except OSError:
+        return {}
     found = re.findall(rf'^(\w+)\{{[^}}]*\brun="{run}"[^}}]*\}} (\S+)$', text, flags=re.MULTILINE)
     return {name: float(value) for name, value in found if "_simclr_" in name}
 
