@@ -33,7 +33,7 @@ from tests.conftest import make_data_set, real_rows
 from tests.faults.commands import INJECT, injected, recipe, started
 from tests.servers.prometheus import Line, binary, prometheus
 from tests.servers.ray_head import ray_head
-from tests.unit.observe.board import ALERTS, board_panels
+from tests.unit.observe.board import ALERTS, board_panels, panels
 
 ROOT = Path(__file__).parents[1]
 RESULT, PICTURE = ROOT / "benchmarks/results/board.json", ROOT / "docs/images/board.png"
@@ -132,19 +132,19 @@ def main() -> int:
         with prometheus(folder / "prometheus", endpoint, [ALERTS]) as server:
             began, ended = run(folder, args.steps, head.environment, head.gcs)
             time.sleep(3 * STEP_S)
-            for panel in board_panels():
-                asked[panel["title"]] = [
+            for title, queries in panels().items():
+                asked[title] = [
                     (line.labels.get("__name__", "").removeprefix("ray_simclr_").replace("_", " "), line)
-                    for target in panel["targets"]
-                    for line in server.range(target["expr"].replace("$run", ".*"), began, ended, STEP_S)
+                    for query in queries
+                    for line in server.range(query, began, ended, STEP_S)
                 ]
             rules = server.rules()
     for title, lines in asked.items():
         print(f"{title}: {'; '.join(f'{name} {told(line)}' for name, line in lines) or 'NO DATA'}")
     print(f"alerts: {rules}")
-    panels = Markup("").join(drawn(panel, asked[panel["title"]], began) for panel in board_panels())
+    shown_panels = Markup("").join(drawn(panel, asked[panel["title"]], began) for panel in board_panels())
     style = (files("simclr_ray.publish") / "report.css").read_text()
-    why_not = photographed(PAGE.format(style=style, panels=panels), args.picture)
+    why_not = photographed(PAGE.format(style=style, panels=shown_panels), args.picture)
     if why_not:
         print(f"no picture: {why_not}")
     shown = {title: [{"line": name, **told(line)} for name, line in lines] for title, lines in asked.items()}

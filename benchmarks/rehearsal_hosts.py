@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from tests.servers.hosts import INTERFACE, Host
-from tests.servers.ray_head import authentication, clean_environment, end, wait_for_jobs
+from tests.servers.ray_head import authentication, clean_environment, end, wait_for_answer
 
 GCS, DASHBOARD = 6379, 8265
 QUICK = {
@@ -42,7 +42,7 @@ class Cluster:
         address = self._net["head"].address
         self._start("head", "--head", f"--port={GCS}", f"--dashboard-host={address}", f"--dashboard-port={DASHBOARD}",
                     "--num-cpus=0")  # fmt: skip
-        wait_for_jobs(f"{self.dashboard}/api/jobs/", self._started["head"], self._folder / "head.log")
+        wait_for_answer(f"{self.dashboard}/api/jobs/", self._started["head"], self._folder / "head.log")
 
     def start(self, name: str) -> None:
         """A node of one CPU, with its role as a label."""

@@ -11,11 +11,13 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 from ray._raylet import GcsClient
@@ -25,6 +27,7 @@ from tests.servers.seaweed import free_port
 
 IDLE_MINUTES = 0.2
 _ALIVE = 0
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,24 @@ def alive_by_label(address: str, label: str) -> Counter[str]:
     """Nodes of the cluster by the value of a label; those without it are left out."""
     nodes = GcsClient(address=address).get_all_node_info().values()
     return Counter(node.labels[label] for node in nodes if node.state == _ALIVE and label in node.labels)
+
+
+@contextlib.contextmanager
+def watched(look: Callable[[], T], every_s: float) -> Iterator[list[T]]:
+    """Look now and then, in a thread, for as long as the block takes: all that was seen."""
+    seen, done = list[T](), threading.Event()
+
+    def watch() -> None:
+        while not done.wait(every_s):
+            seen.append(look())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        done.set()
+        thread.join()
 
 
 def _answers(address: str) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
-import threading
 from collections import Counter
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from simclr_ray.data.manifest import Manifest
 from simclr_ray.data.shards import ImageRow
 from tests.conftest import make_data_set, real_rows
 from tests.faults.commands import losses, recipe
-from tests.faults.growing import NodeType, alive_by_label, alive_nodes, growing_cluster
+from tests.faults.growing import NodeType, alive_by_label, alive_nodes, growing_cluster, watched
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1200)]
 TRAIN, DATA = {"simclr-role": "train"}, {"ray-subcluster": "data"}
@@ -30,31 +31,19 @@ TYPES = {"train": NodeType(1, 4, TRAIN), "data": NodeType(2, 1, DATA)}
 
 def grown(tmp_path: Path, manifest: Manifest, **changes: Any) -> tuple[Counter[str], str]:
     """Train on a head alone: the most nodes of each kind that there were at a time, and all that was printed."""
-    most, done = Counter[str](), threading.Event()
     with growing_cluster(tmp_path, TYPES) as address:
         file = recipe(
             tmp_path / "run", manifest, cluster__address=address, cluster__workers=1, cluster__start_timeout_s=400.0,
             cluster__train_labels=TRAIN, cluster__data_labels=DATA, **changes,
         )  # fmt: skip
         assert alive_nodes(address) == 1
-
-        def watch() -> None:
-            nonlocal most
-            while not done.wait(0.5):
-                for key in (*TRAIN, *DATA):
-                    most |= alive_by_label(address, key)
-
-        thread = threading.Thread(target=watch)
-        thread.start()
-        try:
+        with watched(lambda: [alive_by_label(address, key) for key in (*TRAIN, *DATA)], every_s=0.5) as seen:
             process = subprocess.run(
                 [sys.executable, "-m", "simclr_ray.cli", "pretrain", str(file)], stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT, text=True, timeout=1000, check=False,
             )  # fmt: skip
-        finally:
-            done.set()
-            thread.join()
     assert process.returncode == 0, process.stdout
+    most = reduce(or_, (counted for look in seen for counted in look), Counter[str]())
     return most, process.stdout
 
 

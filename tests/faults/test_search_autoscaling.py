@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 from simclr_ray.data.manifest import Manifest
 from simclr_ray.search.record import read_records
 from tests.faults.commands import wait_for
-from tests.faults.growing import NodeType, alive_nodes, growing_cluster
+from tests.faults.growing import NodeType, alive_nodes, growing_cluster, watched
 from tests.faults.test_search_faults import files, grid, tune_command
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -27,23 +26,11 @@ def test_the_cluster_grows_for_trials_and_shrinks_when_they_are_done(data_set: M
         config, space = files(folder, data_set, asked, train__steps=40, **changes)
         space.write_text(space.read_text().replace("every: 5", "every: 20"))
         assert alive_nodes(address) == 1
-        seen: list[int] = []
-        done = threading.Event()
-
-        def watch() -> None:
-            while not done.wait(1.0):
-                seen.append(alive_nodes(address))
-
-        thread = threading.Thread(target=watch)
-        thread.start()
-        try:
+        with watched(lambda: alive_nodes(address), every_s=1.0) as seen:
             process = subprocess.run(
                 [sys.executable, *map(str, tune_command(config, space, folder))], stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT, text=True, timeout=1200, check=False,
             )  # fmt: skip
-        finally:
-            done.set()
-            thread.join()
         assert process.returncode == 0, process.stdout
         records = read_records(str(folder / "trials"))
         assert [one.status for one in records] == ["finished", "finished"], process.stdout

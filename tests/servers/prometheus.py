@@ -10,7 +10,6 @@ import contextlib
 import json
 import shutil
 import subprocess
-import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from tests.servers.ray_head import end
+from tests.servers.ray_head import end, wait_for_answer
 from tests.servers.seaweed import free_port
 
 STARTED_WITHIN_S = 30.0
@@ -92,18 +91,7 @@ def prometheus(folder: Path, scrape: str, rules: Sequence[Path] = ()) -> Iterato
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     try:
-        _wait(f"http://127.0.0.1:{port}/-/ready", process, log)
+        wait_for_answer(f"http://127.0.0.1:{port}/-/ready", process, log, within_s=STARTED_WITHIN_S)
         yield Prometheus(f"http://127.0.0.1:{port}")
     finally:
         end(process)
-
-
-def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    last = time.monotonic() + STARTED_WITHIN_S
-    while True:
-        assert process.poll() is None, log.read_text()[-3000:]
-        with contextlib.suppress(OSError):
-            urllib.request.urlopen(url, timeout=2).close()
-            return
-        assert time.monotonic() < last, f"no Prometheus after {STARTED_WITHIN_S} s: {log.read_text()[-3000:]}"
-        time.sleep(0.2)

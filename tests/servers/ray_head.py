@@ -103,7 +103,7 @@ def ray_head(
                 command, env=clean_environment() | auth, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
         try:
-            wait_for_jobs(f"http://127.0.0.1:{dashboard}/api/jobs/", process, output)
+            wait_for_answer(f"http://127.0.0.1:{dashboard}/api/jobs/", process, output)
             yield RayHead(
                 f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", f"http://127.0.0.1:{metrics}/metrics", auth
             )
@@ -111,8 +111,11 @@ def ray_head(
             end(process)
 
 
-def wait_for_jobs(url: str, process: subprocess.Popen[bytes], output: Path) -> None:
-    end = time.monotonic() + STARTED_WITHIN_S
+def wait_for_answer(
+    url: str, process: subprocess.Popen[bytes], output: Path, *, within_s: float = STARTED_WITHIN_S
+) -> None:
+    """Until a server answers, be it by asking for a token; its output is told where it ends or stays silent."""
+    end = time.monotonic() + within_s
     while True:
         assert process.poll() is None, output.read_text()[-3000:]
         try:
@@ -123,7 +126,7 @@ def wait_for_jobs(url: str, process: subprocess.Popen[bytes], output: Path) -> N
                 return
         except OSError:
             pass
-        assert time.monotonic() < end, f"no dashboard after {STARTED_WITHIN_S} s: {output.read_text()[-3000:]}"
+        assert time.monotonic() < end, f"no answer after {within_s} s: {output.read_text()[-3000:]}"
         time.sleep(0.2)
 
 
