@@ -103,8 +103,7 @@ class OnlineEvaluator:
         self._run, self._config = run, config
         self._stopping = False
         self._invalid: set[int] = set()
-        self._gauges = ray_gauges(run.uri, moments=False)
-        self._recorder = Recorder([self._gauges])
+        self._recorder = Recorder([ray_gauges(run.uri, moments=False)])
         self._results: list[dict[str, Any]] = online_results(run)
 
     def work(self) -> None:
@@ -120,8 +119,7 @@ class OnlineEvaluator:
                 return
             else:
                 time.sleep(LOOK_EVERY_S)
-            with contextlib.suppress(Exception):  # what fails here fails with the next record too, and is told there
-                self._gauges.again()
+            self._recorder.again()
 
     def stop(self) -> None:
         """Have `work` end when nothing is left to measure."""

@@ -105,6 +105,14 @@ class Recorder:
             except Exception as error:
                 self._drop(sink, error)
 
+    def again(self) -> None:
+        """Have sinks whose readers forget, which have `again`, say what they know once more; see `GaugeSink`."""
+        for sink in tuple(self._sinks):
+            try:
+                getattr(sink, "again", lambda: None)()
+            except Exception as error:
+                self._drop(sink, error)
+
     def close(self) -> None:
         """Close every sink; a failure is a warning. May be called twice."""
         for sink in tuple(self._sinks):

@@ -52,8 +52,7 @@ class Keeper:
         self._run, self._desk, self._console, self._lock = run, desk, console, lock
         self._quarantine = Quarantine(manifest, limits, read_quarantine(run))
         self._scribe = Scribe(console.say, allowed=lambda: not lock.lost)
-        self._gauges = ray_gauges(run.uri)
-        self._recorder = Recorder([self._gauges])
+        self._recorder = Recorder([ray_gauges(run.uri)])
         self._written = -math.inf
         self._drained: set[str] = set()
         self._looked = 0.0
@@ -89,8 +88,7 @@ class Keeper:
             self._console.progress(record)
             self._recorder.log(record)
             self.last = record.values
-        with contextlib.suppress(Exception):  # what fails here fails with the next record too, and is told there
-            self._gauges.again()
+        self._recorder.again()
         if news.attempts == self._begun_before:
             self._say_waiting()
         if news.attempts != self.attempts:

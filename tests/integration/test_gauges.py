@@ -28,13 +28,12 @@ import select, sys, time, ray
 from simclr_ray.observe.metrics import METRICS, Record, Recorder
 from simclr_ray.train.gauges import ray_gauges
 ray.init(address=sys.argv[1], log_to_driver=False)
-gauges = ray_gauges("s3://bucket/all")
-recorder = Recorder([gauges])
+recorder = Recorder([ray_gauges("s3://bucket/all")])
 for step in (1, 2):
     recorder.log(Record(step, 64 * step, 1, time.time(), dict.fromkeys(METRICS, 0.5)))
 print("logged", flush=True)
 while not select.select([sys.stdin], [], [], 0.5)[0]:
-    gauges.again()
+    recorder.again()
 """
 FORGETS_S = 2.0
 """Ray, of a gauge that is not set, where it reports every second as here."""
