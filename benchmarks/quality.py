@@ -3,7 +3,8 @@ paper's does.
 
 Both sides train the same encoder and projector from the same initial weights with the same policy, optimizer, learning
 rates, global batch and steps: ours by `simclr_ray.pretrain`, the peer by the bare loop around lightly's transform, data
-set and loss (train_lightly.py), which sends the two views through the encoder one after the other, as its examples do.
+set and loss (train_lightly.py), which sends the two views through the encoder one after the other, as its examples do;
+on emoji also in one batch, as ours does, so that batch norm sees the same.
 Then one and the same code embeds both and measures them on test images that nothing was trained on: weighted kNN, and a
 linear probe whose regularisation is chosen on a hold-out of the training labels. The recipe of Fashion-MNIST is the
 demo's, whose learning rate and `zero_init_last` were chosen in short runs of ours on this same test split (README),
@@ -59,7 +60,7 @@ RECIPE = ROOT / "jobs/fashion_mnist.yaml"
 QUICK_STEPS, QUICK_LABELS = 20, 1000
 
 Data = Literal["fashion-mnist", "emoji"]
-Side = Literal["ours", "lightly", "random encoder", "raw pixels"]
+Side = Literal["ours", "lightly", "lightly, one batch", "random encoder", "raw pixels"]
 TRAINED: tuple[Side, ...] = ("ours", "lightly")
 
 EMOJI = ("views.size=40", "views.grayscale_probability=null", "train.epochs=120")
@@ -84,7 +85,7 @@ class Cell:
     @property
     def name(self) -> str:
         setting = f"_{self.setting}" if self.setting else ""
-        return f"{self.data}_{self.side.replace(' ', '-')}_seed{self.seed}{setting}"
+        return f"{self.data}_{self.side.replace(', ', '-').replace(' ', '-')}_seed{self.seed}{setting}"
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,8 @@ def cells(seeds: int, sweep_seeds: int, *, emoji: bool) -> list[Cell]:
     for seed in range(seeds):
         for data in sets:
             out += [Cell(data, side, seed) for side in ("random encoder", *TRAINED)]
+    if emoji:
+        out += [Cell("emoji", "lightly, one batch", seed) for seed in range(seeds)]
     for seed in range(sweep_seeds):
         out += [Cell("fashion-mnist", "ours", seed, f"loss.temperature={value}") for value in PAPER_TEMPERATURE]
         if emoji:
@@ -204,7 +207,10 @@ def _lightly(cell: Cell, config: Config, places: Places) -> Made:
     with tempfile.TemporaryDirectory() as folder:
         keep = f"{folder}/model.safetensors"
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        task = Task(str(RECIPE), places.overrides(cell), 0, 1, threads, 1, channels_last=True, folder=folder, keep=keep)
+        task = Task(
+            str(RECIPE), places.overrides(cell), 0, 1, threads, 1, channels_last=True, folder=folder, keep=keep,
+            one_batch=cell.side == "lightly, one batch",
+        )  # fmt: skip
         command = [sys.executable, str(Path(__file__).with_name("train_lightly.py")), json.dumps(asdict(task))]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode == EXIT_NOT_INSTALLED:
@@ -233,7 +239,8 @@ def _pixels(cell: Cell, config: Config, places: Places) -> Made:
 
 
 TRAINERS: dict[Side, Callable[[Cell, Config, Places], Made]] = {
-    "ours": _ours, "lightly": _lightly, "random encoder": _random, "raw pixels": _pixels,
+    "ours": _ours, "lightly": _lightly, "lightly, one batch": _lightly,
+    "random encoder": _random, "raw pixels": _pixels,
 }  # fmt: skip
 
 
@@ -294,7 +301,8 @@ def show(results: Sequence[Result]) -> dict[str, Any]:
                 knn, linear = spread([r.knn for r in of_it]), spread([r.linear for r in of_it])
                 print(f"| {data} | {side} | {len(of_it)} | {of_it[0].images_seen:,} | {knn} | {linear} |")
                 said["sides"][f"{data}, {side}"] = {"knn": [r.knn for r in of_it], "linear": [r.linear for r in of_it]}
-        said["difference"] |= _difference(data, by_side["ours"], by_side["lightly"])
+        for peer in ("lightly", "lightly, one batch"):
+            said["difference"] |= _difference(data, by_side["ours"], by_side[peer], peer)
     for what, published, data in (
         ("loss.temperature", PAPER_TEMPERATURE, "fashion-mnist"), ("views.strength", PAPER_STRENGTH, "emoji"),
     ):  # fmt: skip
@@ -302,7 +310,7 @@ def show(results: Sequence[Result]) -> dict[str, Any]:
     return said
 
 
-def _difference(data: str, ours: Sequence[Result], theirs: Sequence[Result]) -> dict[str, Any]:
+def _difference(data: str, ours: Sequence[Result], theirs: Sequence[Result], peer: str) -> dict[str, Any]:
     """Ours less the peer's, seed by seed."""
     said: dict[str, Any] = {}
     peers = {r.cell.seed: r for r in theirs}
@@ -313,8 +321,9 @@ def _difference(data: str, ours: Sequence[Result], theirs: Sequence[Result]) -> 
             continue
         bounds = interval(differences)
         between = f", 95 % interval {bounds[0]:+.1f} to {bounds[1]:+.1f}" if bounds else ", one seed"
-        print(f"{data}, {measure}: ours less lightly {100 * mean(differences):+.1f} points{between}")
-        said[f"{data}, {measure}"] = {"points": [100 * one for one in differences], "interval": bounds}
+        print(f"{data}, {measure}: ours less {peer}'s {100 * mean(differences):+.1f} points{between}")
+        name = f"{data}, {measure}" if peer == "lightly" else f"{data}, {measure}, {peer}"
+        said[name] = {"points": [100 * one for one in differences], "interval": bounds}
     return said
 
 

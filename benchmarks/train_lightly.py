@@ -61,6 +61,9 @@ class Task:
     """Where the ranks meet."""
     keep: str | None = None
     """File for the trained encoder and projector (safetensors); None keeps nothing."""
+    one_batch: bool = False
+    """Both views go through the encoder as one batch, whose statistics batch norm takes, as in SimCLR's own code and
+    ours; lightly's examples send one after the other."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,10 @@ def train(task: Task) -> Trained:
                 schedule=config.optim.schedule,
             ),
         )
-        loss = criterion(parallel(view_a), parallel(view_b))
+        if task.one_batch:
+            loss = criterion(*parallel(torch.cat([view_a, view_b])).chunk(2))
+        else:
+            loss = criterion(parallel(view_a), parallel(view_b))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
