@@ -109,6 +109,8 @@ def evaluate(run: str, overrides: Sequence[str] = (), *, pictures: bool = True) 
                 costs[name] = round(time.perf_counter() - begun, 3)
         _write(out, rows, about, costs)
         console.block("\n" + to_text(rows) + "\n")
+        if len(config.evaluate.seeds) > 1:
+            console.say(f"linear: mean +- standard deviation over {len(config.evaluate.seeds)} probe seeds")
     supervised = measure_supervised(
         config, trained, train_manifest, test, out, num_classes=num_classes, about=about, say=console.say
     )

@@ -31,6 +31,7 @@ from simclr_ray.evaluate.supervised import (
     recipe_of,
     train_classifier,
 )
+from simclr_ray.evaluate.table import markdown
 from simclr_ray.train.derive import limits_of
 
 Say = Callable[[str], None]
@@ -156,12 +157,12 @@ def _write(folder: str, rows: Sequence[SupervisedRow], about: Mapping[str, Any])
         "rows": [finite(asdict(row) | {"interval95": finite(interval95(row.values)._asdict())}) for row in rows],
     }
     storage.write_bytes(storage.join(folder, "protocols.json"), json.dumps(numbers, indent=1, allow_nan=False).encode())
-    lines = ["| protocol | labels | top-1 %, 95 % interval | seeds | seconds |", "| --- | ---: | ---: | ---: | ---: |"]
-    lines += [
-        f"| {row.protocol}, {row.part} | {row.labels:,} | {_percent(row)} | {len(row.values)} | {row.seconds:.0f} |"
+    header = ["protocol", "labels", "top-1 %, 95 % interval", "seeds", "seconds"]
+    body = [
+        [f"{row.protocol}, {row.part}", f"{row.labels:,}", _percent(row), str(len(row.values)), f"{row.seconds:.0f}"]
         for row in rows
     ]
-    storage.write_bytes(storage.join(folder, "protocols.md"), "\n".join(lines).encode())
+    storage.write_bytes(storage.join(folder, "protocols.md"), markdown(header, body).encode())
 
 
 def _percent(row: SupervisedRow) -> str:

@@ -41,8 +41,13 @@ def to_text(rows: Sequence[EvaluationRow]) -> str:
 
 
 def to_markdown(rows: Sequence[EvaluationRow]) -> str:
-    """Write the table as Markdown; the first column is flush left, the numbers flush right."""
+    """Write the table as Markdown."""
     header, *body = _cells(rows, plus_minus="\N{PLUS-MINUS SIGN}")
+    return markdown(header, body)
+
+
+def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """Lay cells out as Markdown; the first column is flush left, the others flush right."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(map(_markdown, line)) + " |" for line in (header, rule, *body))
 

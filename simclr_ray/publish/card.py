@@ -5,13 +5,14 @@ Pure text. What comes from strangers (class names, URIs) stays on its line and i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from simclr_ray import storage
 from simclr_ray.config import Config
 from simclr_ray.configure import to_yaml
+from simclr_ray.evaluate.table import markdown
+from simclr_ray.publish.evaluated import ResultTable
 from simclr_ray.publish.layouts import Format, loading_code
 from simclr_ray.version import __version__
 from simclr_ray.views.policy import Policy
@@ -33,10 +34,8 @@ class Facts:
     """Fingerprint of the manifest that the run was trained on."""
     checked: str
     """How the export was compared with the run's encoder, a sentence."""
-    numbers: Mapping[str, Any] | None
-    """`eval/results.json` of the run."""
-    table: str
-    """`eval/table.md` of the run."""
+    measured: Sequence[ResultTable]
+    """What `evaluate` left in the run."""
     checksums: Mapping[str, str]
     """SHA-256 of the files beside the card."""
 
@@ -92,13 +91,19 @@ def _standardised(policy: Policy) -> str:
 
 
 def _measured(facts: Facts) -> str:
-    if facts.numbers is None:
+    if not facts.measured:
         return "Nothing was measured before this export."
-    step, test = facts.numbers.get("step"), str(facts.numbers.get("test"))
-    name = _line(storage.redact(storage.tellable(test))).rstrip("/").rpartition("/")
-    place = "/".join(part for part in (name[0].rpartition("/")[2], name[2]) if part)
-    other = f" These are numbers of step {step}, not of this export's." if step != facts.step else ""
-    return f"On the test set `{place}`, which was used once, after training.{other}\n\n{facts.table.strip()}"
+    return "\n\n".join(_table(table, facts.step) for table in facts.measured)
+
+
+def _table(table: ResultTable, step: int) -> str:
+    """A table and what it is of; a place is told by its last two parts alone."""
+    place = "/".join([part for part in _line(storage.redact(table.test)).split("/") if part][-2:])
+    words = f"On the test set `{place}`, which was used once, after training."
+    words += f" Measured by {'; '.join(table.measures)}." if table.measures else ""
+    words += f" These are numbers of step {table.step}, not of this export's." if table.step != step else ""
+    title = f"### {_line(table.title)}\n\n" if table.title else ""
+    return f"{title}{words}\n\n{markdown(table.header, table.rows)}"
 
 
 def _settings(config: Config) -> str:

@@ -28,6 +28,7 @@ from simclr_ray.config import Config
 from simclr_ray.errors import ConfigError, NumericsError
 from simclr_ray.evaluate.encode import TrainedEncoder, load_encoder
 from simclr_ray.publish.card import Facts, model_card
+from simclr_ray.publish.evaluated import read_evaluated, result_tables
 from simclr_ray.publish.layouts import WEIGHTS, Format, plain_model, refuse_what_has_no_name
 from simclr_ray.train.run import RunFolder, open_existing
 from simclr_ray.version import __version__
@@ -86,7 +87,8 @@ def export(
     files["config.json"] = json.dumps(_configuration(config, trained, format), indent=1).encode()
     facts = Facts(
         config, trained.policy, format, trained.step, trained.width, licence, str(_identity(place).get("manifest")),
-        checked, *_measured(place), {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
+        checked, result_tables(read_evaluated(place, [])),
+        {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
     )  # fmt: skip
     files["README.md"] = model_card(facts).encode()
     _write(folder, files)
@@ -196,14 +198,6 @@ def _info(run: RunFolder) -> dict[str, Any]:
 
 def _identity(run: RunFolder) -> dict[str, Any]:
     return dict(_info(run).get("identity", {}))
-
-
-def _measured(run: RunFolder) -> tuple[dict[str, Any] | None, str]:
-    try:
-        numbers = json.loads(storage.read_bytes(run.path("eval", "results.json")))
-        return numbers, storage.read_bytes(run.path("eval", "table.md")).decode()
-    except FileNotFoundError:
-        return None, ""
 
 
 def _claim(folder: str) -> None:

@@ -6,27 +6,26 @@ everything else is there. Nothing is written.
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
 from simclr_ray import storage
 from simclr_ray.config import Config
 from simclr_ray.configure import load_config
-from simclr_ray.errors import ConfigError, DataError, SimclrError
+from simclr_ray.errors import ConfigError
 from simclr_ray.evaluate.online import online_records, parse_online
 from simclr_ray.observe.console import duration
 from simclr_ray.observe.metrics import Record, parse_jsonl
+from simclr_ray.publish.evaluated import Evaluated, read_evaluated, read_or_note, rows_of
 from simclr_ray.train.lock import holder_of, is_alive
 from simclr_ray.train.run import RunFolder
 
-T = TypeVar("T")
 TRAINED = "trained encoder"
 """Name of the row of `eval/results.json` that is about what the run learned."""
 UNFINISHED = ("new", "running")
@@ -82,8 +81,8 @@ class RunRecord:
     """Of `metrics.jsonl`, in the order of their steps."""
     measured: tuple[Record, ...] = ()
     """Of `eval/online.jsonl`: what was measured of checkpoints while training."""
-    evaluation: Mapping[str, Any] = field(default_factory=dict)
-    """`eval/results.json`; empty where the run was not evaluated."""
+    evaluated: tuple[Evaluated, ...] = (Evaluated(),)
+    """What `evaluate` has measured; on the run's own test set first."""
     status: str = "unknown"
     notes: tuple[str, ...] = ()
     """What could not be read, a sentence each."""
@@ -92,6 +91,11 @@ class RunRecord:
     def name(self) -> str:
         """The folder's last part."""
         return self.uri.rstrip("/").rpartition("/")[2]
+
+    @property
+    def evaluation(self) -> Mapping[str, Any]:
+        """`eval/results.json`; empty where the run was not evaluated on its own test set."""
+        return self.evaluated[0].probes
 
     @property
     def step(self) -> int:
@@ -163,22 +167,24 @@ def read_record(folder: str) -> RunRecord:
     if info is None:
         raise ConfigError("no run here: run.json is missing", where=run.uri, fix="give the run.folder of a pretraining")
     notes: list[str] = []
-    resolved: dict[str, Any] = _read(run, "resolved.yaml", lambda data: dict(yaml.safe_load(data) or {}), {}, notes)
+    resolved: dict[str, Any] = read_or_note(
+        run, "resolved.yaml", lambda data: dict(yaml.safe_load(data) or {}), {}, notes
+    )
     config = None
     if resolved:
         try:
             config = load_config({key: value for key, value in resolved.items() if key != "derived"})
         except ConfigError as error:
             notes.append(f"resolved.yaml is of another version: {error}")
-    records: list[Record] = _read(
+    records: list[Record] = read_or_note(
         run, "metrics.jsonl", lambda data: parse_jsonl(data, where=run.metrics), [], notes,
         absent=None if info.get("status") == "new" else "no metrics.jsonl yet, so there are no curves",
     )  # fmt: skip
     batch = config.train.global_batch if config else 0
-    measured: list[Record] = _read(
+    measured: list[Record] = read_or_note(
         run, "eval/online.jsonl", lambda data: online_records(parse_online(data), batch), [], notes
     )
-    evaluation: dict[str, Any] = _read(run, "eval/results.json", lambda data: dict(json.loads(data)), {}, notes)
+    evaluated = read_evaluated(run, notes)
     return RunRecord(
         run.uri,
         info,
@@ -186,16 +192,10 @@ def read_record(folder: str) -> RunRecord:
         resolved.get("derived") or {},
         tuple(sorted(records, key=lambda record: record.step)),
         tuple(measured) if config else (),
-        evaluation,
+        evaluated,
         _status(run.uri, str(info.get("status", "unknown"))),
         tuple(notes),
     )
-
-
-def rows_of(evaluation: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Rows of `eval/results.json`; what is no row is left out."""
-    rows = evaluation.get("rows")
-    return [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else []
 
 
 def attempts_of(records: Sequence[Record]) -> list[Attempt]:
@@ -235,21 +235,6 @@ def _status(uri: str, said: str) -> str:
     if holder is None:
         return "stopped without a word"
     return "running" if is_alive(holder) else f"stopped, no heartbeat for {duration(time.time() - holder.beaten)}"
-
-
-def _read(
-    run: RunFolder, name: str, parse: Callable[[bytes], T], default: T, notes: list[str], *, absent: str | None = None
-) -> T:
-    """A file of the run; one that cannot be understood is a note."""
-    try:
-        return parse(storage.read_bytes(run.path(name)))
-    except FileNotFoundError:
-        if absent:
-            notes.append(absent)
-    except (DataError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
-        said = str(error) if isinstance(error, SimclrError) else f"{type(error).__name__}: {error}"
-        notes.append(f"{name} cannot be read: {said}")
-    return default
 
 
 def _number(value: object) -> float | None:

@@ -22,7 +22,7 @@ from simclr_ray.publish.describe import comparable_losses, facts_of, settings_ta
 from simclr_ray.publish.page import BEGIN, Page, render
 from simclr_ray.publish.record import TRAINED, RunRecord, iso, labels_of, read_record
 from simclr_ray.publish.report_images import look_section, views_section
-from simclr_ray.publish.report_tables import quarantine_section, results_section
+from simclr_ray.publish.report_tables import quarantine_section, results_sections
 from simclr_ray.version import __version__
 
 MOST_EMBEDDED = 20_000
@@ -100,8 +100,7 @@ def page_of(records: Sequence[RunRecord], options: ReportOptions, say: Callable[
         title=title,
         subtitle=f"Written {iso(time.time())} by simclr-ray {__version__}. It needs no network, and holds "
         + ("pictures of the data set." if options.images else "no pictures of the data set."),
-        footer="Numbers are those of metrics.jsonl, eval/results.json and run.json in the run folder"
-        + ("s." if many else "."),
+        footer="Numbers are those of metrics.jsonl, eval/ and run.json in the run folder" + ("s." if many else "."),
         runs=runs,
         learning=report_charts.learning(records, labels),
         learning_note=""
@@ -166,7 +165,7 @@ def _of_run(
         "mood": moods.get(record.status, "bad"),
         "facts": facts_of(record),
         "notes": list(record.notes),
-        "results": results_section(record),
+        "results": results_sections(record),
         "views": views,
         "look": look,
         "quarantine": quarantine_section(record),

@@ -10,8 +10,9 @@ from markupsafe import Markup
 
 from simclr_ray.observe.console import duration
 from simclr_ray.publish.charts import Axis, Series, line_chart, plane, spans
+from simclr_ray.publish.evaluated import rows_of
 from simclr_ray.publish.page import words
-from simclr_ray.publish.record import TRAINED, RunRecord, iso, rows_of
+from simclr_ray.publish.record import TRAINED, RunRecord, iso
 from simclr_ray.train.step_log import COLLAPSED_SIMILARITY
 
 SEEN = Axis("images seen", low=0.0)

@@ -10,7 +10,7 @@ from simclr_ray.errors import ConfigError
 from simclr_ray.observe.console import Console, duration
 from simclr_ray.publish.describe import comparable_losses, facts_of
 from simclr_ray.publish.record import RunRecord, iso
-from simclr_ray.publish.report_tables import quarantine_section, results_section
+from simclr_ray.publish.report_tables import quarantine_section, results_sections
 from simclr_ray.publish.runs import HEADER, Measure, RunSummary, differences, ranked, read_runs, summary, table_of
 
 What = Literal["ls", "show", "best", "compare"]
@@ -88,8 +88,9 @@ def _show(record: RunRecord, console: Console) -> None:
             f"  attempt {attempt.number}: steps {attempt.first_step + 1:,} to {attempt.last_step:,}, "
             f"{duration(attempt.seconds)}, from {iso(attempt.began)}"
         )
-    results = results_section(record)
-    if results:
+    for results in results_sections(record):
+        if results["title"]:
+            console.say(str(results["title"]))
         console.table(results["header"], results["rows"])
         console.say(str(results["about"]))
     rejected = quarantine_section(record)

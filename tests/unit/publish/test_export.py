@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from simclr_ray import export, load_encoder
+from simclr_ray import export, load_encoder, storage
 from simclr_ray.data.manifest import Manifest
 from simclr_ray.errors import ConfigError
 from simclr_ray.model.encoder import SamePool
@@ -23,6 +23,7 @@ from simclr_ray.publish.export import SUMS_NAME
 from simclr_ray.train.build import build_model
 from tests.conftest import make_data_set, real_rows
 from tests.unit.evaluate.test_evaluate import make_run, settings
+from tests.unit.publish.made import results, supervised
 
 SETTINGS = {
     "small": ["model.encoder=small"],
@@ -184,16 +185,21 @@ def test_an_export_is_not_overwritten_and_one_that_was_begun_is_made(runs: dict[
 
 def test_the_card_tells_what_was_measured_and_nothing_of_places(runs: dict[str, str], tmp_path: Path) -> None:
     eval_folder = Path(runs["small"]) / "eval"
-    eval_folder.mkdir(exist_ok=True)
     test = "https://user:word@host/place|x`\n/test?X-Amz-Signature=abc"
-    (eval_folder / "results.json").write_text(json.dumps({"step": 7, "test": test}))
-    (eval_folder / "table.md").write_text("| | kNN % |\n| --- | ---: |\n| trained encoder | 81.9 |")
+    for name, numbers in (
+        ("results", results(0.819, test=test) | {"step": 7}),
+        ("protocols", supervised([0.7, 0.9], test=test)),
+        ("birds/results", results(0.4, test="/data/birds/test")),
+    ):
+        storage.write_bytes(f"{eval_folder}/{name}.json", json.dumps(numbers).encode())
     try:
         export(runs["small"], str(tmp_path / "out"))
     finally:
-        (eval_folder / "results.json").unlink()
+        storage.delete_folder(str(eval_folder))
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| trained encoder | 81.9 |" in card
+    assert re.search(r"\| trained encoder \| 50.0 \| 81.9 \|", card)
+    assert "| finetune, 10% | 1,200 | 80.0 [70.0, 90.0] | 2 | 12 |" in card
+    assert card.index("### Transfer: birds") < card.index("test set `birds/test`") < card.index("## Training")
     assert "abc" not in card
     assert "word" not in card
     assert "step 7, not of this export" in card

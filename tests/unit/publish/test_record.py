@@ -10,14 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from simclr_ray import storage
 from simclr_ray.data.manifest import Manifest
 from simclr_ray.errors import ConfigError
 from simclr_ray.observe.metrics import Record
 from simclr_ray.publish.describe import comparable_losses, facts_of, settings_table
 from simclr_ray.publish.record import RunRecord, attempts_of, labels_of, read_record
 from simclr_ray.publish.report_charts import health, learning
+from simclr_ray.publish.report_tables import results_sections
 from simclr_ray.train.lock import Holder, hold
-from tests.unit.publish.made import NOON, made_run, record_of, results
+from tests.unit.publish.made import NOON, made_run, record_of, results, supervised
 
 
 def test_a_finished_run_is_read_whole(tmp_path: Path, data_set: Manifest) -> None:
@@ -45,6 +47,22 @@ def test_what_was_measured_while_training_is_read_and_drawn(tmp_path: Path, data
     assert "RankMe while training" in "".join(health([record], ["run"]))
     (tmp_path / "run" / "eval" / "online.jsonl").write_text('{"rankme": 1}\n')
     assert read_record(run.uri).notes[0].startswith("eval/online.jsonl cannot be read")
+
+
+def test_trained_classifiers_and_other_test_sets_have_their_tables(tmp_path: Path, data_set: Manifest) -> None:
+    run = made_run(tmp_path / "run", data_set, evaluation=results(0.8))
+    storage.write_bytes(run.path("eval/protocols.json"), json.dumps(supervised([0.75, 0.85])).encode())
+    storage.write_bytes(run.path("eval/birds/results.json"), json.dumps(results(0.4, test="/data/birds")).encode())
+    storage.write_bytes(run.path("eval/cats/protocols.json"), json.dumps(supervised([0.6], test="/data/cats")).encode())
+    storage.write_bytes(run.path("eval/old/results.json"), b'{"rows": 3}')
+    storage.write_bytes(run.path("eval/torn/results.json"), b"{")
+    record = read_record(run.uri)
+    tables = results_sections(record)
+    assert [table["title"] for table in tables] == ["", "", "Transfer: birds", "Transfer: cats"]
+    assert tables[1]["rows"] == [["finetune, 10%", "1,200", "80.0 [70.0, 90.0]", "2", "12"]]
+    assert "test set /data/birds" in tables[2]["about"]
+    assert record.result("linear_top1") == 0.8, "of the run's own test set"
+    assert [note.split(":")[0] for note in record.notes] == ["eval/torn/results.json cannot be read"]
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
