@@ -79,7 +79,9 @@ def _learning(verbs: Verbs) -> None:
         "--classifier", help="file in the teacher's run, such as eval/classifier-finetune-10pc.safetensors"
     )
     verb.add_argument("--temperature", type=float, help="1 from a larger teacher, 0.1 from one of the student's size")
-    verb.add_argument("--label-fraction", type=float, help="part of the labels that the student sees (default: none)")
+    verb.add_argument(
+        "--labels", choices=("none", "teacher"), help="teacher: the student also sees the classifier's labels"
+    )
     verb.add_argument("--fresh", action="store_true", help="remove what an earlier run left in do.folder, start again")
     _overrides(verb, "run.folder=runs/student")
 
@@ -182,6 +184,7 @@ def _looking(verbs: Verbs) -> None:
     verb.add_argument("-o", "--output", default="report.html", help="file to write (default: %(default)s)")
     verb.add_argument("--no-images", action="store_true", help="leave out all pictures of the data")
     verb.add_argument("--embedded", type=int, default=800, help="images in map and neighbours (default: %(default)s)")
+    verb.add_argument("--umap", action="store_true", help="a map by UMAP beside the principal components")
     verb.add_argument("--recipe", metavar="FILE", help="configuration to compare the settings with")
     _overrides(verb, "storage.endpoint=http://127.0.0.1:9000")
 

@@ -339,11 +339,13 @@ class DistillConfig(Section):
     """Run folder of the teacher; null trains by NT-Xent."""
     classifier: str | None = None
     """File of the teacher's classifier, as `evaluate` writes it for protocols that train, inside the teacher's run."""
+    digest: str | None = None
+    """Of that file, so that a run never goes on with another teacher; `simclr-ray distill` sets it."""
     temperature: Annotated[float, Gt(0), Le(10)] = 1.0
     """Of both softmaxes: 1 from a larger teacher, 0.1 from one of the student's size."""
-    label_fraction: Fraction = 0.0
-    """Part of the training images whose labels the student sees too, the same of each class; 0: none. Drawn by
-    `run.seed`, and so not those that the teacher was fine-tuned with: together they may be twice as many labels."""
+    labels: Literal["none", "teacher"] = "none"
+    """Which labels the student sees too: `teacher`, those that the classifier was trained with (eq. 3); their data set
+    is then the student's `data.train`."""
     alpha: Fraction = 0.5
     """Weight of the teacher beside those labels."""
 

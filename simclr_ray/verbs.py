@@ -39,7 +39,7 @@ def distill(options: argparse.Namespace) -> None:
         options.set,
         classifier=options.classifier,
         temperature=options.temperature,
-        label_fraction=options.label_fraction,
+        labels=options.labels,
         fresh=options.fresh,
     )
     Console().say(f"student: {result.folder}")
@@ -146,7 +146,7 @@ def report(options: argparse.Namespace) -> None:
 
     console = Console()
     written = report(
-        options.runs, options.output, images=not options.no_images, embedded=options.embedded,
+        options.runs, options.output, images=not options.no_images, embedded=options.embedded, umap=options.umap,
         recipe=options.recipe, overrides=options.set, say=console.say,
     )  # fmt: skip
     console.say(f"report: {written}")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
+import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
@@ -80,7 +81,9 @@ def measure_supervised(
     for kind in kinds:
         for part, rows_of in _parts(config, kind, images, num_classes):
             say(f"  training: {kind} on {part} of the labels, {len(config.evaluate.seeds)} seeds")
-            rows.append(_over_seeds(config, trained, images, test, folder, kind, part, rows_of, num_classes))
+            rows.append(_over_seeds(
+                config, trained, images, test, folder, kind, part, rows_of, num_classes, manifest.fingerprint,
+            ))  # fmt: skip
     _write(folder, rows, about)
     return rows
 
@@ -121,7 +124,7 @@ def _parts(config: Config, kind: Kind, images: TrainingImages, num_classes: int)
 
 def _over_seeds(
     config: Config, trained: TrainedEncoder, images: TrainingImages, test: LabelledSet, folder: str, kind: Kind,
-    part: str, rows_of: RowsOf, num_classes: int,
+    part: str, rows_of: RowsOf, num_classes: int, manifest: str,
 ) -> SupervisedRow:  # fmt: skip
     values, seconds, steps = list[float](), 0.0, 0
     limits, wanted = limits_of(config.data), config.evaluate
@@ -137,18 +140,20 @@ def _over_seeds(
         values.append(accuracy(made, test.views, test.labels, trained.policy))
         seconds, steps = seconds + made.seconds, made.steps
         if len(values) == 1:
-            storage.write_bytes(storage.join(folder, name), _classifier(made))
+            storage.write_bytes(storage.join(folder, name), _classifier(made, chosen, manifest))
     return SupervisedRow(
         kind, len(chosen.labels), part, tuple(values), round(seconds, 3), steps, recipe.batch, recipe.epochs,
         recipe.peak, name,
     )  # fmt: skip
 
 
-def _classifier(made: Trained) -> bytes:
-    """Names under `encoder.`, `head.` and, of v2's fine-tuning, `layer.`."""
+def _classifier(made: Trained, images: TrainingImages, manifest: str) -> bytes:
+    """Names under `encoder.`, `head.`, of v2's fine-tuning `layer.`, and `seen.`: the labels used, by sample id."""
     tensors = dict(made.body.state_dict())
     tensors |= {f"head.{name}": value for name, value in made.head.state_dict().items()}
-    return bytes(save_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()}))
+    tensors |= {"seen.sample_ids": torch.from_numpy(images.ids), "seen.labels": images.labels}
+    ready = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    return bytes(save_tensors(ready, metadata={"manifest": manifest}))
 
 
 def _write(folder: str, rows: Sequence[SupervisedRow], about: Mapping[str, Any]) -> None:

@@ -8,10 +8,12 @@ that `evaluate` trained on a few labels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from simclr_ray import storage
 from simclr_ray.config import Config
 from simclr_ray.configure import ConfigSource, load_config, use_storage
+from simclr_ray.data.manifest import read_manifest
 from simclr_ray.errors import ConfigError
 from simclr_ray.train.derive import policy_of
 from simclr_ray.train.pretrain import RunResult, pretrain
@@ -25,7 +27,7 @@ CROPS_AND_FLIPS = (
 
 def distill(
     teacher: str, config: ConfigSource, overrides: Sequence[str] = (), *, classifier: str | None = None,
-    temperature: float | None = None, label_fraction: float | None = None, fresh: bool = False,
+    temperature: float | None = None, labels: Literal["none", "teacher"] | None = None, fresh: bool = False,
 ) -> RunResult:  # fmt: skip
     """Train a student; run it again with the same `run.folder` and it continues where it stands.
 
@@ -35,17 +37,19 @@ def distill(
         overrides: On top of it.
         classifier: File in the teacher's run; None takes the only one there is.
         temperature: None takes the config's.
-        label_fraction: Part of the labels the student sees; None takes the config's, which is none.
+        labels: `teacher`: the student also sees the labels that the classifier was trained with; None takes the
+            config's, which is none.
         fresh: Remove what an earlier run left in `run.folder`.
 
     Raises:
-        ConfigError: the teacher has no classifier, or several; and all that `pretrain` raises.
+        ConfigError: the teacher has no classifier, or several; it is another one than when the student began; its
+            labels are asked for and are of another data set; and all that `pretrain` raises.
     """
-    from simclr_ray.train.teacher import load_teacher
+    from simclr_ray.train.teacher import labels_of_teacher, load_teacher, read_classifier
 
     chosen = [*overrides, *CROPS_AND_FLIPS]
     chosen += [f"distill.temperature={temperature}"] if temperature is not None else []
-    chosen += [f"distill.label_fraction={label_fraction}"] if label_fraction is not None else []
+    chosen += [f"distill.labels={labels}"] if labels is not None else []
     settings = load_config(config, chosen)
     use_storage(settings)
     run, of_teacher = open_existing(teacher)
@@ -53,8 +57,13 @@ def distill(
     name = classifier or settings.distill.classifier or _only_classifier(run.uri)
     values = settings.model_dump(mode="json")
     values["distill"] |= {"teacher": run.uri, "classifier": name}
+    _, data = read_classifier(load_config(values).distill)
+    values["distill"]["digest"] = storage.digest(data)
     settings = load_config(values)
-    values["model"]["projection_dim"] = load_teacher(settings.distill).num_classes
+    loaded = load_teacher(settings.distill)
+    if settings.distill.labels == "teacher":
+        labels_of_teacher(loaded, read_manifest(str(settings.data.train)))  # which may refuse: before anything starts
+    values["model"]["projection_dim"] = loaded.num_classes
     return pretrain(load_config(values), fresh=fresh)
 
 

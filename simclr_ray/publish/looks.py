@@ -6,6 +6,7 @@ range reads. Everything is computed on the CPU, from the newest checkpoint.
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from simclr_ray.data.manifest import Manifest, read_manifest
 from simclr_ray.data.plan import Piece, Plan, UnitTable
 from simclr_ray.data.ranges import LostShard
 from simclr_ray.data.read import read_range, resolve
-from simclr_ray.errors import DataError
+from simclr_ray.errors import ConfigError, DataError
 from simclr_ray.evaluate.encode import Image, TrainedEncoder, embed
 from simclr_ray.evaluate.knn import nearest
 from simclr_ray.observe.health import alignment, rankme, uniformity
@@ -34,6 +35,7 @@ from simclr_ray.views.draw import draw
 from simclr_ray.views.make import two_views
 from simclr_ray.views.policy import Policy
 
+UMAP_NEIGHBOURS = 15
 SPECTRUM = 512
 """Singular values that are shown, at most."""
 
@@ -72,6 +74,8 @@ class Look:
     """Principal components of the embeddings on the unit sphere, (n, 4), fewer where there are fewer directions."""
     variance: tuple[float, ...]
     """Share of the whole variance that each component has."""
+    umap: npt.NDArray[np.float64] | None
+    """(n, 2), where it was asked for."""
     spectrum: tuple[float, ...]
     """Singular values of the embeddings, the greatest first and as 1."""
     queries: tuple[int, ...]
@@ -120,16 +124,23 @@ def sample_of(config: Config, policy: Policy, count: int) -> Sample:
     )  # fmt: skip
 
 
-def look_at(encoder: TrainedEncoder, sample: Sample, *, queries: int = 10, neighbours: int = 8) -> Look:
-    """Embed a sample and measure it."""
+def look_at(
+    encoder: TrainedEncoder, sample: Sample, *, queries: int = 10, neighbours: int = 8, umap: bool = False
+) -> Look:
+    """Embed a sample and measure it.
+
+    Raises:
+        ConfigError: UMAP is asked for and not installed.
+    """
     h = embed(encoder.model.embed, sample.views, encoder.policy)
     pair_a, pair_b = (embed(encoder.model.embed, sample.pairs[:, view], encoder.policy) for view in (0, 1))
     components, variance = principal(torch.nn.functional.normalize(h, dim=1), 4)
     sigma = torch.linalg.svdvals(h.double())[:SPECTRUM]
+    spectrum = tuple((sigma / sigma[0].clamp(min=1e-30)).tolist())
     rows = _queries(sample, queries)
     found, near = _neighbours(h, rows, min(neighbours, len(h) - 1))
     return Look(
-        sample, encoder.step, components, variance, tuple((sigma / sigma[0].clamp(min=1e-30)).tolist()),
+        sample, encoder.step, components, variance, umap_of(h) if umap else None, spectrum,
         rows, found, near, rankme(h), alignment(pair_a, pair_b), uniformity(h),
     )  # fmt: skip
 
@@ -147,6 +158,31 @@ def principal(h: Tensor, count: int) -> tuple[npt.NDArray[np.float64], tuple[flo
     components = components * torch.where(peak < 0, -1.0, 1.0)
     share = sigma.square() / sigma.square().sum().clamp(min=1e-30)
     return components.numpy(), tuple(share[:count].tolist())
+
+
+def refuse_no_umap() -> None:
+    """Refuse to go on without the package.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    if importlib.util.find_spec("umap") is None:
+        raise ConfigError("a UMAP map needs umap-learn", fix="install it with: pip install 'simclr-ray[umap]'")
+
+
+def umap_of(h: Tensor) -> npt.NDArray[np.float64]:
+    """UMAP (McInnes et al., arXiv 1802.03426) of (n, d) embeddings by cosine, with its usual settings: (n, 2).
+
+    The same embeddings give the same map: its seed is fixed, for which it uses one thread.
+
+    Raises:
+        ConfigError: umap-learn is not installed.
+    """
+    refuse_no_umap()
+    from umap import UMAP
+
+    fit = UMAP(n_neighbors=min(UMAP_NEIGHBOURS, len(h) - 1), metric="cosine", random_state=0, n_jobs=1, init="pca")
+    return np.asarray(fit.fit_transform(h.float().cpu().numpy()), np.float64)
 
 
 def encoded(image: Image, side: int | None = None) -> bytes:

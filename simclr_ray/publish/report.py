@@ -19,6 +19,7 @@ from simclr_ray.errors import ConfigError, SimclrError, StorageError
 from simclr_ray.publish import report_charts
 from simclr_ray.publish.charts import COLOURS
 from simclr_ray.publish.describe import comparable_losses, facts_of, settings_table
+from simclr_ray.publish.looks import refuse_no_umap
 from simclr_ray.publish.page import BEGIN, Page, render
 from simclr_ray.publish.record import TRAINED, RunRecord, iso, labels_of, read_record
 from simclr_ray.publish.report_images import look_section, views_section
@@ -38,6 +39,8 @@ class ReportOptions:
     """Images that are embedded for the map and the neighbours; 0 leaves both out."""
     recipe: ConfigSource = None
     """A configuration to compare the runs' with, beside the defaults."""
+    umap: bool = False
+    """Whether there is a map by UMAP beside the principal components."""
 
 
 def report(
@@ -46,6 +49,7 @@ def report(
     *,
     images: bool = True,
     embedded: int = 800,
+    umap: bool = False,
     recipe: ConfigSource = None,
     overrides: Sequence[str] = (),
     say: Callable[[str], None] = lambda line: None,
@@ -57,6 +61,7 @@ def report(
         output: The file, local or s3://. An older report is replaced, any other file refused.
         images: Show pictures of the data. Without, no image is in the file; names of rejected ones are.
         embedded: Images for the map and the neighbours, up to 20,000; 0 leaves both out.
+        umap: Draw a map by UMAP, too (extra `umap`).
         recipe: A configuration file to compare settings with.
         overrides: `storage.*` settings, to reach the runs.
         say: Told what is being done.
@@ -65,9 +70,12 @@ def report(
         The URI of the file.
 
     Raises:
-        ConfigError: no run in a folder, too many of them, or the output is a file of another kind.
+        ConfigError: no run in a folder, too many of them, the output is a file of another kind, or umap-learn is not
+            installed.
         StorageError: a store refuses or fails.
     """
+    if umap:
+        refuse_no_umap()
     if not 1 <= len(runs) <= COLOURS:
         raise ConfigError("a report is about some runs", got=f"{len(runs)} folders", expected=f"1 to {COLOURS}")
     if not 0 <= embedded <= MOST_EMBEDDED:
@@ -79,7 +87,7 @@ def report(
     use_storage(settings)
     target = storage.normalise(output)
     version = refuse_another_kind(target)
-    options = ReportOptions(images, embedded, load_config(recipe) if recipe is not None else None)
+    options = ReportOptions(images, embedded, load_config(recipe) if recipe is not None else None, umap)
     records = []
     for folder in runs:
         say(f"reading {folder}")
@@ -194,6 +202,6 @@ def _look(record: RunRecord, label: str, options: ReportOptions, say: Callable[[
         return {"why": "The run's settings cannot be read, so its encoder cannot be built."}
     say(f"embedding up to {options.embedded:,} images of {label}")
     try:
-        return look_section(record, options.embedded, images=options.images)
+        return look_section(record, options.embedded, images=options.images, umap=options.umap)
     except SimclrError as error:
         return {"why": f"Not to be had: {error}"}

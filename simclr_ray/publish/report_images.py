@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from markupsafe import Markup
 
 from simclr_ray import storage
@@ -14,7 +16,7 @@ from simclr_ray.errors import SimclrError
 from simclr_ray.evaluate.encode import load_encoder
 from simclr_ray.evaluate.preview import first_views
 from simclr_ray.publish.charts import Axis, Series, line_chart, scatter
-from simclr_ray.publish.looks import Look, encoded, look_at, sample_of, sprite
+from simclr_ray.publish.looks import UMAP_NEIGHBOURS, Look, encoded, look_at, sample_of, sprite
 from simclr_ray.publish.page import as_json, picture, words
 from simclr_ray.publish.record import RunRecord
 
@@ -48,7 +50,7 @@ def views_section(record: RunRecord) -> Mapping[str, Any]:
     return {"why": "", "shown": shown}
 
 
-def look_section(record: RunRecord, count: int, *, images: bool) -> Mapping[str, Any]:
+def look_section(record: RunRecord, count: int, *, images: bool, umap: bool = False) -> Mapping[str, Any]:
     """Map, spectrum and neighbours of a sample under the newest checkpoint.
 
     Raises:
@@ -56,7 +58,7 @@ def look_section(record: RunRecord, count: int, *, images: bool) -> Mapping[str,
     """
     assert isinstance(record.config, Config)
     encoder = load_encoder(record.uri)
-    look = look_at(encoder, sample_of(record.config, encoder.policy, count))
+    look = look_at(encoder, sample_of(record.config, encoder.policy, count), umap=umap)
     sample = look.sample
     labels = sample.labels or ()
     counted = Counter(labels)
@@ -86,28 +88,34 @@ def look_section(record: RunRecord, count: int, *, images: bool) -> Mapping[str,
 
 
 def _maps(look: Look) -> list[Mapping[str, Any]]:
-    """Components 1 and 2, and 3 and 4 where there are so many."""
+    """Components 1 and 2, 3 and 4 where there are so many, and UMAP's where it was asked for."""
     maps: list[Mapping[str, Any]] = []
-    labels = look.sample.labels or [-1] * len(look.sample.ids)
-    colours = [label if 0 <= label < PAINTS else -1 for label in labels]
     for first in range(0, look.components.shape[1] - 1, 2):
-        points = [
-            (float(a), float(b), c) for (a, b), c in zip(look.components[:, first : first + 2], colours, strict=True)
-        ]
-        shares = look.variance[first : first + 2]
+        a, b = look.variance[first : first + 2]
         name = f"{first + 1} and {first + 2}"
-        maps.append({
-            "name": name,
-            "chart": scatter(
-                points,
-                title=f"Principal components {name} of normalised embeddings",
-                x_title=f"component {first + 1} ({shares[0]:.0%} of the variance)",
-                y_title=f"component {first + 2} ({shares[1]:.0%})",
-                tips=[words(_words(look, row)) for row in range(len(points))],
-                summary=f"{len(points)} embeddings",
-            ),
-        })  # fmt: skip
+        maps.append({"name": f"components {name}", "chart": _map(
+            look, look.components[:, first : first + 2],
+            title=f"Principal components {name} of normalised embeddings",
+            x_title=f"component {first + 1} ({a:.0%} of the variance)", y_title=f"component {first + 2} ({b:.0%})",
+        )})  # fmt: skip
+    if look.umap is not None:
+        title = f"UMAP of the embeddings by cosine, {UMAP_NEIGHBOURS} neighbours: what lies together is alike"
+        chart = _map(
+            look, look.umap, title=title, x_title="distances between groups, and axes, mean nothing", y_title=""
+        )
+        maps.append({"name": "UMAP", "chart": chart})
     return maps
+
+
+def _map(look: Look, places: npt.NDArray[np.float64], *, title: str, x_title: str, y_title: str) -> Markup:
+    labels = look.sample.labels or [-1] * len(places)
+    points = [
+        (float(a), float(b), label if 0 <= label < PAINTS else -1) for (a, b), label in zip(places, labels, strict=True)
+    ]
+    return scatter(
+        points, title=title, x_title=x_title, y_title=y_title, summary=f"{len(points)} embeddings",
+        tips=[words(_words(look, row)) for row in range(len(points))],
+    )  # fmt: skip
 
 
 def _spectrum(look: Look) -> Markup:

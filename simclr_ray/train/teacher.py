@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -14,9 +16,7 @@ from torch import Tensor, nn
 from simclr_ray import storage
 from simclr_ray.config import Config, DistillConfig
 from simclr_ray.data.manifest import Manifest
-from simclr_ray.data.plan import Piece
-from simclr_ray.data.read import read_range, resolve
-from simclr_ray.errors import ConfigError, DataError
+from simclr_ray.errors import ConfigError
 from simclr_ray.learn.distillation import distillation
 from simclr_ray.learn.nt_xent import NTXent
 from simclr_ray.model.encoder import make_encoder
@@ -24,12 +24,27 @@ from simclr_ray.model.projector import first_layer, make_projector
 from simclr_ray.train.run import open_existing
 
 
+@dataclass(frozen=True)
+class SeenLabels:
+    """What a classifier was trained with."""
+
+    sample_ids: npt.NDArray[np.int64]
+    """(n,), in the data set's manifest."""
+    labels: npt.NDArray[np.int64]
+    """(n,)."""
+    manifest: str
+    """Fingerprint of the data set."""
+
+
 class Teacher(nn.Module):
     """Encoder, the projector's first layer where it was fine-tuned with it, and classifier; without gradients."""
 
-    def __init__(self, encoder: nn.Module, head: nn.Linear, layer: nn.Module | None = None) -> None:
+    def __init__(
+        self, encoder: nn.Module, head: nn.Linear, layer: nn.Module | None = None, seen: SeenLabels | None = None
+    ) -> None:
         super().__init__()
         self.encoder, self.layer, self.head = encoder, layer or nn.Identity(), head
+        self.seen = seen
         self.eval().requires_grad_(False)
 
     @property
@@ -44,17 +59,17 @@ class Teacher(nn.Module):
         return logits
 
 
-def load_teacher(distill: DistillConfig) -> Teacher:
-    """The classifier that `evaluate` left in the teacher's run.
+def read_classifier(distill: DistillConfig) -> tuple[Config, bytes]:
+    """The teacher's config, and the classifier that `evaluate` left in its run.
 
     Raises:
-        ConfigError: no run there, or no such classifier in it.
+        ConfigError: no run there, no such classifier in it, or not the one of `distill.digest`.
     """
     assert distill.teacher is not None
     run, config = open_existing(distill.teacher)
     name = distill.classifier or ""
     try:
-        tensors = load_tensors(storage.read_bytes(run.path(name)))
+        data = storage.read_bytes(run.path(name))
     except FileNotFoundError:
         found = sorted(uri.removeprefix(f"{run.uri}/") for uri, _ in storage.list_files(run.path("eval"))
                        if uri.rpartition("/")[2].startswith("classifier-"))  # fmt: skip
@@ -62,9 +77,26 @@ def load_teacher(distill: DistillConfig) -> Teacher:
             "the teacher has no such classifier", where=run.path(name), expected=", ".join(found) or None,
             fix="make one with: simclr-ray evaluate TEACHER --set evaluate.protocols=[finetune]",
         ) from None  # fmt: skip
+    if distill.digest not in (None, storage.digest(data)):
+        raise ConfigError(
+            "the teacher's classifier is another one than when this student began", where=run.path(name),
+            got=storage.digest(data), expected=distill.digest,
+            fix="put the file back, or start a student of the new one in a folder of its own",
+        )  # fmt: skip
+    return config, data
+
+
+def load_teacher(distill: DistillConfig) -> Teacher:
+    """The teacher that `distill` names.
+
+    Raises:
+        ConfigError: as `read_classifier`.
+    """
+    config, data = read_classifier(distill)
+    tensors = load_tensors(data)
     parts = {
         part: {key.removeprefix(f"{part}."): value for key, value in tensors.items() if key.startswith(f"{part}.")}
-        for part in ("encoder", "layer", "head")
+        for part in ("encoder", "layer", "head", "seen")
     }
     model = config.model
     encoder = make_encoder(model.encoder, width=model.width, stem=model.stem)
@@ -78,31 +110,36 @@ def load_teacher(distill: DistillConfig) -> Teacher:
         layer = first_layer(projector)
         assert layer is not None, "it was fine-tuned"
         layer.load_state_dict(parts["layer"])
-    return Teacher(encoder, head, layer)
+    seen = None
+    if parts["seen"]:
+        ids, labels = (parts["seen"][name].numpy() for name in ("sample_ids", "labels"))
+        seen = SeenLabels(ids, labels, _metadata(data).get("manifest", ""))
+    return Teacher(encoder, head, layer, seen)
 
 
-def labels_of_few(manifest: Manifest, fraction: float, seed: int) -> npt.NDArray[np.int64]:
-    """Labels by sample id, -1 for images whose label is not seen: of each class the same part, one at least.
+def _metadata(data: bytes) -> dict[str, str]:
+    """Of a safetensors file: its header is JSON, behind eight bytes that give its length."""
+    length = int.from_bytes(data[:8], "little")
+    return dict(json.loads(data[8 : 8 + length]).get("__metadata__", {}))
+
+
+def labels_of_teacher(teacher: Teacher, manifest: Manifest) -> npt.NDArray[np.int64]:
+    """Labels by sample id of the student's images: those that the teacher saw, and -1.
 
     Raises:
-        DataError: the data set has no labels.
+        ConfigError: the teacher saw the labels of another data set.
     """
+    seen = teacher.seen
+    if seen is None or seen.manifest != manifest.fingerprint:
+        raise ConfigError(
+            "the teacher's labels are not of the student's data set", where="distill.labels",
+            got="a classifier that does not say" if seen is None else f"labels of the manifest {seen.manifest}",
+            expected=f"labels of {manifest.folder}, manifest {manifest.fingerprint}",
+            fix="evaluate the teacher with evaluate.train set to the student's data.train, or use distill.labels=none",
+        )  # fmt: skip
     labels = np.full(manifest.rows, -1, np.int64)
-    for shard in range(len(manifest.table)):
-        first = int(manifest.table.first_rows[shard])
-        for group, rows in enumerate(manifest.table.groups_of(shard).tolist()):
-            table = read_range(resolve(manifest, Piece(shard, group, 0, rows, first)), ["label"], manifest.image_column)
-            if table["label"].null_count:
-                raise DataError("the data set has no labels, which distill.label_fraction needs", where=manifest.folder)
-            labels[first : first + rows] = table["label"].to_numpy()
-            first += rows
-    order = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(len(labels))
-    seen = np.full(len(labels), -1, np.int64)
-    for label in np.unique(labels).tolist():
-        chosen = order[labels[order] == label]
-        chosen = chosen[: max(1, round(fraction * len(chosen)))]
-        seen[chosen] = label
-    return seen
+    labels[seen.sample_ids] = seen.labels
+    return labels
 
 
 def loss_from_teacher(

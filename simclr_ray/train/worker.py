@@ -45,7 +45,7 @@ from simclr_ray.train.saver import SavesFailedError, Verdict
 from simclr_ray.train.saves import Saves
 from simclr_ray.train.step import NON_FINITE, NonFiniteStepError, autocast_of, encoder_input, train_step
 from simclr_ray.train.step_log import Position, StepLog, TooManyRejectedError
-from simclr_ray.train.teacher import Teacher, labels_of_few, load_teacher, loss_from_teacher
+from simclr_ray.train.teacher import Teacher, labels_of_teacher, load_teacher, loss_from_teacher
 from simclr_ray.views.stage import Where
 
 
@@ -196,10 +196,9 @@ def _teacher(config: Config, device: torch.device) -> tuple[Teacher | None, np.n
     if config.distill.teacher is None:
         return None, None
     teacher = load_teacher(config.distill).to(device)
-    if not config.distill.label_fraction:
+    if config.distill.labels == "none":
         return teacher, None
-    manifest = read_manifest(str(config.data.train))
-    return teacher, labels_of_few(manifest, config.distill.label_fraction, config.run.seed)
+    return teacher, labels_of_teacher(teacher, read_manifest(str(config.data.train)))
 
 
 def _calibrate(model: SimCLR, encode: Callable[[Tensor], Tensor], micro_batches: Sequence[Tensor]) -> None:

@@ -71,12 +71,13 @@ def test_a_student_learns_from_its_teacher(teacher: str, data_set: Manifest, tmp
         optim__warmup_epochs=0, cluster__workers=2,
     )  # fmt: skip
     (tmp_path / "student.yaml").write_text(to_yaml(config.model_dump(mode="json")))
-    result = distill(teacher, tmp_path / "student.yaml", label_fraction=0.1)
+    result = distill(teacher, tmp_path / "student.yaml", labels="teacher")
     losses = [one.values["train/loss"] for one in read_jsonl(tmp_path / "student" / "metrics.jsonl")]
     assert len(losses) == 12
     assert losses[-1] < losses[0]
     stored = yaml.safe_load((tmp_path / "student" / "resolved.yaml").read_text())
     assert stored["distill"]["classifier"] == "eval/classifier-finetune-100pc.safetensors"
+    assert len(stored["distill"]["digest"]) == 32
     assert stored["views"]["jitter_probability"] == 0
     student = load_encoder(result.folder)
     assert isinstance(student.model.projector, torch.nn.Linear)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from collections.abc import Iterator
@@ -35,7 +36,8 @@ def page_file(hostile_run: Path, data_set: Manifest, tmp_path_factory: pytest.Te
     """A report about a real run full of hostile names, and another run beside it."""
     place = tmp_path_factory.mktemp("browser")
     other = made_run(place / "other", data_set, evaluation=results(0.6))
-    report([str(hostile_run), other.uri], str(place / "report.html"), embedded=120)
+    has_umap = importlib.util.find_spec("umap") is not None
+    report([str(hostile_run), other.uri], str(place / "report.html"), embedded=120, umap=has_umap)
     return place / "report.html"
 
 
@@ -127,6 +129,9 @@ def use_the_map(page: Any) -> None:
     look.locator("button[data-map='1']").click()
     assert look.locator(".map").nth(1).is_visible()
     assert not look.locator(".map").nth(0).is_visible()
+    if importlib.util.find_spec("umap") is not None:
+        look.locator("button[data-map]", has_text="UMAP").click()
+        assert look.locator(".map").nth(2).locator("circle[data-i]").count() > 100
 
 
 def filter_the_quarantine(page: Any) -> None:

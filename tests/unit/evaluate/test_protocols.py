@@ -42,8 +42,8 @@ from simclr_ray.evaluate.supervised import (
 )
 from simclr_ray.model.projector import make_projector
 from simclr_ray.model.simclr import SimCLR
-from simclr_ray.train.teacher import load_teacher
-from tests.conftest import make_data_set, real_rows
+from simclr_ray.train.teacher import labels_of_teacher, load_teacher
+from tests.conftest import all_rows, make_data_set, real_rows
 from tests.unit.evaluate.test_evaluate import make_run, settings
 
 
@@ -218,6 +218,10 @@ def test_fine_tuning_as_in_v2_keeps_the_projectors_first_layer_and_makes_a_teach
             h = torch.relu(h * tensors["layer.1.weight"] + tensors["layer.1.bias"])
         expected = h @ tensors["head.weight"].T + tensors["head.bias"]
         assert torch.allclose(teacher(images), expected, atol=1e-5)
+        true = np.array([row["label"] for row in all_rows(sets[0])])
+        seen = labels_of_teacher(teacher, sets[0])
+        assert (seen >= 0).sum() == row.labels
+        assert (seen[seen >= 0] == true[seen >= 0]).all()
 
 
 def test_a_projector_without_a_hidden_layer_that_was_trained_is_refused(run: str) -> None:

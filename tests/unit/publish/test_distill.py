@@ -6,13 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from simclr_ray import storage
+from simclr_ray.config import DistillConfig
 from simclr_ray.configure import load_config
 from simclr_ray.data.manifest import Manifest
 from simclr_ray.errors import ConfigError
 from simclr_ray.publish.distill import distill
-from simclr_ray.train.teacher import labels_of_few
-from tests.conftest import all_rows, small_run
+from simclr_ray.train.teacher import SeenLabels, Teacher, labels_of_teacher, read_classifier
+from tests.conftest import small_run
 from tests.unit.publish.made import made_run
 
 
@@ -29,15 +32,34 @@ def test_a_student_that_sees_images_otherwise_than_its_teacher_is_refused(
     assert not (tmp_path / "student").exists()
 
 
-@pytest.mark.parametrize("fraction", [0.01, 0.1, 1.0])
-def test_of_each_class_the_same_part_of_labels_is_seen_and_each_is_its_images_own(
-    data_set: Manifest, fraction: float
-) -> None:
-    true = np.array([row["label"] for row in all_rows(data_set)])
-    seen = labels_of_few(data_set, fraction, seed=1)
-    assert (seen[seen >= 0] == true[seen >= 0]).all()
-    for label in range(10):
-        assert (seen == label).sum() == max(1, round(fraction * (true == label).sum()))
-    assert (labels_of_few(data_set, fraction, seed=1) == seen).all()
-    if fraction < 1:
-        assert (labels_of_few(data_set, fraction, seed=2) != seen).any()
+class Constant(torch.nn.Module):
+    """Stands for an encoder: what is learned of labels needs none."""
+
+
+def teacher_of(seen: SeenLabels | None) -> Teacher:
+    return Teacher(Constant(), torch.nn.Linear(1, 10), seen=seen)
+
+
+def test_a_student_sees_the_labels_that_its_teacher_saw_and_no_other(data_set: Manifest) -> None:
+    ids, labels = np.array([5, 0, 99]), np.array([3, 9, 0])
+    found = labels_of_teacher(teacher_of(SeenLabels(ids, labels, data_set.fingerprint)), data_set)
+    assert len(found) == data_set.rows
+    assert found[ids].tolist() == labels.tolist()
+    assert (np.delete(found, ids) == -1).all()
+
+
+@pytest.mark.parametrize("seen", [None, SeenLabels(np.array([0]), np.array([0]), "of another")])
+def test_labels_of_another_data_set_are_refused(data_set: Manifest, seen: SeenLabels | None) -> None:
+    with pytest.raises(ConfigError, match="not of the student's data set"):
+        labels_of_teacher(teacher_of(seen), data_set)
+
+
+def test_a_classifier_that_was_replaced_is_refused(data_set: Manifest, tmp_path: Path) -> None:
+    run = made_run(tmp_path / "teacher", data_set)
+    name = "eval/classifier-finetune-10pc.safetensors"
+    storage.write_bytes(run.path(name), b"one")
+    settings = DistillConfig(teacher=run.uri, classifier=name, digest=storage.digest(b"one"))
+    assert read_classifier(settings)[1] == b"one"
+    storage.write_bytes(run.path(name), b"other")
+    with pytest.raises(ConfigError, match="another one than when this student began"):
+        read_classifier(settings)

@@ -17,7 +17,7 @@ from simclr_ray.data.manifest import Manifest, read_manifest, write_manifest
 from simclr_ray.data.shards import ImageRow
 from simclr_ray.errors import DataError
 from simclr_ray.evaluate.encode import TrainedEncoder
-from simclr_ray.publish.looks import Sample, encoded, look_at, principal, sample_of, sprite
+from simclr_ray.publish.looks import Sample, encoded, look_at, principal, sample_of, sprite, umap_of
 from simclr_ray.train.build import build_model
 from simclr_ray.train.derive import policy_of
 from tests.conftest import make_data_set, real_rows, small_run
@@ -110,3 +110,17 @@ def test_pictures_are_small_new_files() -> None:
         assert np.array_equal(np.asarray(picture.convert("RGB")), little)
     with Image.open(io.BytesIO(sprite(np.stack([little] * 5), 32, 4))) as picture:
         assert picture.size == (128, 64)
+
+
+def test_a_umap_keeps_groups_together_and_is_the_same_each_time() -> None:
+    """Of 60 embeddings around three far directions, each one's nearest on the map is of its own group."""
+    pytest.importorskip("umap", reason="no umap-learn: pip install 'simclr-ray[umap]'")
+    generator = torch.Generator().manual_seed(0)
+    group = torch.arange(60) % 3
+    h = torch.eye(3, 16)[group] + 0.05 * torch.randn(60, 16, generator=generator)
+    places = umap_of(h)
+    assert places.shape == (60, 2)
+    assert np.array_equal(umap_of(h), places)
+    apart = np.linalg.norm(places[:, None] - places[None], axis=-1) + 1e9 * np.eye(60)
+    assert (group[apart.argmin(axis=1)] == group).all()
+    assert umap_of(h[:4]).shape == (4, 2)
