@@ -16,7 +16,7 @@ from simclr_ray.config import Config
 from simclr_ray.data.decode import Limits, Rejected, decode
 from simclr_ray.data.inputs import columns_of, read_inputs
 from simclr_ray.data.manifest import Manifest
-from simclr_ray.data.plan import Piece
+from simclr_ray.data.plan import Piece, Plan, UnitTable
 from simclr_ray.data.read import RowRange, read_range, resolve
 from simclr_ray.data.units import BYTES_AHEAD, read_ahead
 from simclr_ray.errors import DataError, StorageError
@@ -197,16 +197,18 @@ def _groups(
             yield images, labels[rows][good], ids[rows][good], len(decoded) - len(good)
 
 
-def read_rows_of(manifest: Manifest, limits: Limits, count: int) -> tuple[list[Image], npt.NDArray[np.int64] | None]:
-    """The first images of a data set that decode, at most `count`, and their labels, -1 where an image has none.
+def read_some(
+    manifest: Manifest, limits: Limits, count: int, *, seed: int
+) -> tuple[list[Image], npt.NDArray[np.int64] | None]:
+    """Images of a data set that decode, at most `count`, by whole units in the order of a seed, and their labels.
 
     Returns:
-        Decoded images, and labels (n,), or None where the data set has no column of them.
+        Decoded images, and labels (n,), -1 where an image has none, or None where the data set has no column of them.
     """
     columns = columns_of(manifest, "label")
     images, labels = list[Image](), list[int]()
-    for rows in row_ranges(manifest):
-        for row in read_inputs([rows], columns):
+    for pieces in units_by_seed(manifest, seed):
+        for row in read_inputs([resolve(manifest, piece) for piece in pieces], columns):
             image = None if row.lost else decode(row.image, limits)
             if image is None or isinstance(image, Rejected):
                 continue
@@ -217,6 +219,23 @@ def read_rows_of(manifest: Manifest, limits: Limits, count: int) -> tuple[list[I
         if len(images) == count:
             break
     return images, np.array(labels, np.int64) if columns.label else None
+
+
+def units_by_seed(manifest: Manifest, seed: int) -> Iterator[tuple[Piece, ...]]:
+    """Each unit of a run's first epoch once, in its order; of a data set that fills none, its rows.
+
+    So a few images of a bucket of any size are had by a few range reads, and are not those of one folder or class.
+    """
+    table = UnitTable(manifest)
+    if table.num_units:
+        plan = Plan(table, seed)
+        yield from (plan.unit(index).pieces for index in range(table.num_units))
+        return
+    for shard, first in enumerate(manifest.first_sample_ids().tolist()):
+        for group, rows in enumerate(manifest.table.groups_of(shard).tolist()):
+            if rows:
+                yield (Piece(shard, group, 0, rows, first),)
+            first += rows
 
 
 def row_ranges(manifest: Manifest) -> Iterator[RowRange]:

@@ -28,7 +28,7 @@ from simclr_ray.config import Config
 from simclr_ray.data.decode import Limits
 from simclr_ray.data.manifest import Manifest, read_manifest
 from simclr_ray.errors import DataError, root_cause
-from simclr_ray.evaluate.encode import Image, embed, read_rows_of
+from simclr_ray.evaluate.encode import Image, embed, read_some
 from simclr_ray.evaluate.knn import knn_top1
 from simclr_ray.evaluate.linear import linear_probe
 from simclr_ray.observe.console import Console
@@ -60,12 +60,12 @@ class OnlineSet:
 
 
 def read_online_set(manifest: Manifest, config: Config, limits: Limits) -> OnlineSet:
-    """The first images of a data set, every second one of which asks.
+    """Some images of a data set, by the run's seed, every second one of which asks.
 
     Raises:
         DataError: too few of them decode.
     """
-    images, labels = read_rows_of(manifest, limits, config.evaluate.online_images)
+    images, labels = read_some(manifest, limits, config.evaluate.online_images, seed=config.run.seed)
     views = central_view(images, policy_of(config.views))
     if len(views) < 4:
         raise DataError("too few images to measure while training", where=manifest.folder, got=len(views))
@@ -103,13 +103,17 @@ class OnlineEvaluator:
         self._run, self._config = run, config
         self._stopping = False
         self._invalid: set[int] = set()
+        self._reading = 0.0, 0.0
+        """Seconds, of the clock and of CPU, that the images took: part of the first result's cost."""
         self._recorder = Recorder([ray_gauges(run.uri, moments=False)])
         self._results: list[dict[str, Any]] = online_results(run)
 
     def work(self) -> None:
         """Measure until the run has ended; the last checkpoint is measured too."""
+        begun, cpu = time.perf_counter(), time.process_time()
         manifest = read_manifest(str(self._config.evaluate.train or self._config.data.train))
         data = read_online_set(manifest, self._config, limits_of(self._config.data))
+        self._reading = time.perf_counter() - begun, time.process_time() - cpu
         while True:
             stopping = self._stopping
             step = self._due()
@@ -139,7 +143,7 @@ class OnlineEvaluator:
         return committed[-1] if committed[-1] - last >= wanted else None
 
     def _measure(self, step: int, data: OnlineSet) -> None:
-        begun, cpu = time.perf_counter(), time.process_time()
+        begun, cpu = time.perf_counter() - self._reading[0], time.process_time() - self._reading[1]
         try:
             found = ckpt.load(self._run.checkpoints, step)
         except ckpt.InvalidCheckpoint:
@@ -150,6 +154,7 @@ class OnlineEvaluator:
         numbers = measure(model.encoder.eval(), data, self._config)
         last = self._results[-1]["step"] if self._results else 0
         spent = time.process_time() - cpu
+        self._reading = 0.0, 0.0
         self._results.append({
             "step": step,
             **{name: value if np.isfinite(value) else None for name, value in numbers.items()},

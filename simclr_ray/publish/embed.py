@@ -85,7 +85,8 @@ def embed(
 
     Raises:
         ConfigError: no run here, or the folder holds something else or a work of another encoder or data set.
-        DataError: the data set is missing, or a shard of it is another one than its manifest's.
+        DataError: the data set is missing, a shard of it is another one than its manifest's, or none of its images
+            could be embedded.
         StorageError: the run has no valid checkpoint, or a store fails.
         ClusterError: Ray or its resources.
         NumericsError: an embedding is not finite.
@@ -260,6 +261,15 @@ def _error_of(text: str) -> SimclrError:
 
 
 def _report_of(folder: str, numbers: Mapping[str, Any], *, kept: int, seconds: float) -> EmbedReport:
+    """What a finished folder says.
+
+    Raises:
+        DataError: it has no embedding at all.
+    """
+    if not numbers["rows"]:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in dict(numbers["rejected"]).items())
+        raise DataError("no image of the data set could be embedded", where=folder, got=reasons,
+                        fix="see rejected.parquet there for each image's reason")  # fmt: skip
     return EmbedReport(
         folder, int(numbers["rows"]), int(numbers["width"]), dict(numbers["rejected"]), len(numbers["files"]), kept,
         seconds,

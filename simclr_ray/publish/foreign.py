@@ -111,7 +111,9 @@ def from_tf2(names: Sequence[str], read: Callable[[str], np.ndarray], where: str
             where=where, expected="ResNet-50",
         )  # fmt: skip
     head = f"{root}_projection_head/"
-    projector = _tf2_projector({one.removeprefix(head): read(plain[one]) for one in plain if one.startswith(head)})
+    projector = _tf2_projector(
+        {one.removeprefix(head): read(plain[one]) for one in plain if one.startswith(head)}, where
+    )
     name, width, stem = _recognised(encoder, where)
     left_out = [one for one in plain if not one.startswith((body, head))]
     return Foreign(_counted(encoder), projector, name, width, stem, tuple(sorted(left_out)))
@@ -202,11 +204,17 @@ def _counted(tensors: Tensors) -> Tensors:
     return counts | tensors
 
 
-def _tf2_projector(variables: Mapping[str, np.ndarray]) -> Tensors | None:
+def _tf2_projector(variables: Mapping[str, np.ndarray], where: str) -> Tensors | None:
     """`linear_layers/J/dense/kernel` and `.../bn_relu/bn/gamma` as our Sequential of dense, batch norm, ReLU."""
     if not variables:
         return None
-    layers = 1 + max(int(name.split("/")[1]) for name in variables)
+    numbers = [re.match(r"linear_layers/(\d+)/", name) for name in variables]
+    layers = 1 + max((int(one[1]) for one in numbers if one), default=-1)
+    if None in numbers or not all(f"linear_layers/{layer}/dense/kernel" in variables for layer in range(layers)):
+        raise DataError(
+            "the projection head is not one of google-research/simclr's TF2 code", where=where, got=_some(variables),
+            expected="linear_layers/0/dense/kernel, linear_layers/1/dense/kernel and so on, none left out",
+        )  # fmt: skip
     out = Tensors()
     for layer in range(layers):
         kernel = torch.from_numpy(np.ascontiguousarray(variables[f"linear_layers/{layer}/dense/kernel"].T))

@@ -22,11 +22,11 @@ from simclr_ray import storage
 from simclr_ray.config import Config
 from simclr_ray.data.decode import Limits, Rejected, decode
 from simclr_ray.data.manifest import Manifest, read_manifest
-from simclr_ray.data.plan import Piece, Plan, UnitTable
+from simclr_ray.data.plan import Piece
 from simclr_ray.data.ranges import LostShard
 from simclr_ray.data.read import read_range, resolve
 from simclr_ray.errors import ConfigError, DataError
-from simclr_ray.evaluate.encode import Image, TrainedEncoder, embed
+from simclr_ray.evaluate.encode import Image, TrainedEncoder, embed, units_by_seed
 from simclr_ray.evaluate.knn import nearest
 from simclr_ray.observe.health import alignment, rankme, uniformity
 from simclr_ray.train.derive import limits_of
@@ -217,7 +217,7 @@ def sprite(images: Image, cell: int, columns: int) -> bytes:
 
 def _units(manifest: Manifest, seed: int, limits: Limits) -> Iterator[tuple[list[Image], list[int], list[int | None]]]:
     """Images that decode, with ids and labels, unit by unit; units of lost shards are passed over."""
-    for pieces in _pieces(manifest, seed):
+    for pieces in units_by_seed(manifest, seed):
         images: list[Image] = []
         ids: list[int] = []
         labels: list[int | None] = []
@@ -245,20 +245,6 @@ def _read(manifest: Manifest, piece: Piece) -> pa.Table:
         return read_range(rows, [manifest.image_column, "label"], manifest.image_column)
     except DataError:
         return read_range(rows, [manifest.image_column], manifest.image_column)
-
-
-def _pieces(manifest: Manifest, seed: int) -> Iterator[tuple[Piece, ...]]:
-    """Each unit of an epoch once; of a data set that fills none, its rows."""
-    table = UnitTable(manifest)
-    if table.num_units:
-        plan = Plan(table, seed)
-        yield from (plan.unit(index).pieces for index in range(table.num_units))
-        return
-    for shard, first in enumerate(manifest.first_sample_ids().tolist()):
-        for group, rows in enumerate(manifest.table.groups_of(shard).tolist()):
-            if rows:
-                yield (Piece(shard, group, 0, rows, first),)
-            first += rows
 
 
 def _queries(sample: Sample, count: int) -> tuple[int, ...]:

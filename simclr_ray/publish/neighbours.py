@@ -17,12 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from simclr_ray import storage
-from simclr_ray.data.decode import Limits, Rejected, decode
+from simclr_ray.data.decode import Rejected, decode
 from simclr_ray.data.units import BYTES_AHEAD, read_ahead
 from simclr_ray.errors import ConfigError, DataError, StorageError
 from simclr_ray.evaluate.encode import load_encoder
 from simclr_ray.publish.embed_folder import read_embedding, weights_digest
 from simclr_ray.publish.parts import read_part, vectors_of
+from simclr_ray.train.derive import limits_of
+from simclr_ray.train.run import open_existing
 
 Vectors = npt.NDArray[np.float32]
 
@@ -40,7 +42,7 @@ class Neighbour(NamedTuple):
 def neighbours(
     folder: str, *, image: str | None = None, sample_id: int | None = None, k: int = 10, run: str | None = None
 ) -> list[Neighbour]:
-    """The k most similar images of an embedding, most similar first; of equal ones the smaller id.
+    """The k most similar images of an embedding, most similar first; equal ones by id, as far as k reaches.
 
     Args:
         folder: A finished embedding.
@@ -137,7 +139,7 @@ def _image_vector(numbers: dict[str, Any], image: str, run: str | None) -> Vecto
         encoded = storage.read_bytes(uri)
     except FileNotFoundError:
         raise StorageError("no image here", where=storage.tellable(uri)) from None
-    pixels = decode(encoded, Limits())
+    pixels = decode(encoded, limits_of(open_existing(place)[1].data))
     if isinstance(pixels, Rejected):
         raise DataError(f"the image does not decode: {pixels.reason}", where=storage.tellable(uri), got=pixels.detail)
     return _unit(trained.embed([pixels]).numpy()[0])

@@ -72,6 +72,15 @@ def test_every_image_that_decodes_is_there_once_with_its_vector(embedded: Path, 
     np.testing.assert_allclose(vectors_of(table), expected.numpy(), rtol=1e-4, atol=1e-5)
 
 
+def test_a_set_without_an_image_is_finished_and_no_success(local_ray: None, run: str, tmp_path: Path) -> None:
+    nothing = make_data_set(tmp_path / "data", [ImageRow(b"no image", 0, f"{i}.png") for i in range(70)])
+    for _ in range(2):  # and the same when it is asked again
+        with pytest.raises(DataError, match="no image of the data set could be embedded") as caught:
+            embed(run, nothing.folder, str(tmp_path / "out"), rows_per_file=256)
+        assert "70 not_an_image" in str(caught.value)
+    assert len(pq.read_table(tmp_path / "out" / "rejected.parquet")) == 70
+
+
 def test_what_does_not_decode_is_listed(embedded: Path) -> None:
     listed = pq.read_table(embedded / "rejected.parquet").to_pylist()
     assert [row["sample_id"] for row in listed] == sorted(BROKEN)

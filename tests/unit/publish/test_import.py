@@ -345,6 +345,14 @@ def test_tf2_weights_that_we_have_no_network_for_are_refused(tmp_path: Path) -> 
             import_weights(str(tmp_path / "weights.npz"), str(tmp_path / "run"), layout="tf2")
 
 
+@pytest.mark.parametrize("lost", ["linear_layers/0/dense/kernel", "linear_layers/1/dense/kernel"])
+def test_a_projection_head_that_lacks_a_layer_is_refused(tmp_path: Path, lost: str) -> None:
+    variables = tf2_variables(50, head=(2048, 64, 16))
+    np.savez(tmp_path / "weights.npz", **{name: value for name, value in variables.items() if lost not in name})
+    with pytest.raises(DataError, match="projection head is not one of"):
+        import_weights(str(tmp_path / "weights.npz"), str(tmp_path / "run"), layout="tf2")
+
+
 def test_a_broken_checkpoint_is_a_sentence_wherever_it_is_cut_or_flipped(tmp_path: Path) -> None:
     write_bundle(
         tmp_path / "ckpt", {"a/b": np.arange(6, dtype=np.float32).reshape(2, 3), "a/c": np.ones(2, np.float32)}
