@@ -11,7 +11,7 @@ help:
 	@echo "make demo    install, train an encoder on real images, evaluate it, show where the pictures are"
 	@echo "make demo-s3 the same from an S3 server on this machine that is killed for a while in the middle"
 	@echo "make test    install, run the tests"
-	@echo "make test-faults   whole runs that are killed, hung, cut off and refused: some ten minutes more"
+	@echo "make test-faults   whole runs that are killed, hung, cut off and refused, and the guide's commands: half an hour"
 	@echo "make rehearsal     several hosts as network namespaces, as root: 8 minutes"
 	@echo "make docs    the documentation site, into site/"
 	@echo "make check   format, lint, types, import direction, spelling"

@@ -55,7 +55,7 @@ def _learning(verbs: Verbs) -> None:
     verb = _verb(verbs, "pretrain", do.pretrain, "train an encoder, or continue a run")
     verb.add_argument("config", help="YAML file")
     _overrides(verb, "train.global_batch=512")
-    verb.add_argument("--fresh", action="store_true", help="remove what an earlier run left in do.folder, start again")
+    verb.add_argument("--fresh", action="store_true", help="remove what an earlier run left in run.folder, start again")
 
     verb = _verb(verbs, "tune", do.tune, "search settings: trials by Ray Tune, each a training of its own")
     verb.add_argument("config", help="YAML file of what all trials have in common")
@@ -73,16 +73,18 @@ def _learning(verbs: Verbs) -> None:
     verb = _verb(
         verbs, "distill", do.distill, "train a student from a fine-tuned teacher, without labels or with a few"
     )
-    verb.add_argument("teacher", help="run folder with a classifier that `evaluate` trained (protocol finetune or sgd)")
+    verb.add_argument("teacher", help="run folder with a classifier that `evaluate` trained with labels")
     verb.add_argument("config", help="YAML file of the student")
     verb.add_argument(
         "--classifier", help="file in the teacher's run, such as eval/classifier-finetune-10pc.safetensors"
     )
     verb.add_argument("--temperature", type=float, help="1 from a larger teacher, 0.1 from one of the student's size")
     verb.add_argument(
-        "--labels", choices=("none", "teacher"), help="teacher: the student also sees the classifier's labels"
+        "--labels",
+        choices=("none", "teacher"),
+        help="teacher: the student also sees the classifier's labels, which are of its own data.train (default: none)",
     )
-    verb.add_argument("--fresh", action="store_true", help="remove what an earlier run left in do.folder, start again")
+    verb.add_argument("--fresh", action="store_true", help="remove what an earlier run left in run.folder, start again")
     _overrides(verb, "run.folder=runs/student")
 
 

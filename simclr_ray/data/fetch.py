@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from simclr_ray import storage
-from simclr_ray.data.manifest import Manifest, write_manifest
+from simclr_ray.data.manifest import Manifest, unit_rows_for, write_manifest
 from simclr_ray.data.shards import ImageRow, refuse_non_empty, shuffled, write_shard
 from simclr_ray.errors import ConfigError, DataError
 
@@ -69,11 +69,12 @@ def _write(
     folder: str, rows: Sequence[ImageRow], classes: tuple[str, ...], about: dict[str, str], keep: int | None
 ) -> Manifest:
     order = shuffled(len(rows), seed=0)[:keep]
+    unit_rows = unit_rows_for(len(order))
     shards = [
-        write_shard(folder, index, [rows[i] for i in order[start : start + ROWS_PER_SHARD]])
+        write_shard(folder, index, [rows[i] for i in order[start : start + ROWS_PER_SHARD]], unit_rows)
         for index, start in enumerate(range(0, len(order), ROWS_PER_SHARD))
     ]
-    manifest = Manifest(folder, tuple(shards), classes=classes, source=about)
+    manifest = Manifest(folder, tuple(shards), unit_rows=unit_rows, classes=classes, source=about)
     write_manifest(manifest)
     return manifest
 

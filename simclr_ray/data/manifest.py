@@ -28,6 +28,7 @@ __all__ = [
     "FORMAT",
     "KINDS",
     "MANIFEST_NAME",
+    "FEWEST_UNITS",
     "UNIT_ROWS",
     "Kind",
     "Manifest",
@@ -42,8 +43,19 @@ MANIFEST_NAME = "manifest.parquet"
 FORMAT = 2
 #: Rows of one unit, the smallest piece that is read alone: 64 images of 100 KB are one range read of 6 MB.
 UNIT_ROWS = 64
+FEWEST_UNITS = 256
+"""Of an epoch, at least, where a data set is packed. Images of a unit always meet in a step: in steps of four of 22
+units, embeddings were worse than those of as many images that were shuffled one by one (benchmarks/quality.py)."""
 _SHARDS_AT_ONCE = 1024
 """Shards of one row group of the manifest. Arrow takes several times the memory of what it reads at once."""
+
+
+def unit_rows_for(rows: int) -> int:
+    """Rows of a unit for a data set that is packed: 64, and halves of it for fewer than 16,384 images."""
+    unit_rows = UNIT_ROWS
+    while unit_rows > 1 and rows < FEWEST_UNITS * unit_rows:
+        unit_rows //= 2
+    return unit_rows
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,15 @@ from simclr_ray.data.decode import Limits, Rejected, decode
 from simclr_ray.data.duplicates import LARGEST_DISTANCE, NO_DUPLICATES
 from simclr_ray.data.index import REJECTED_SCHEMA, IndexOptions, build, survey
 from simclr_ray.data.inputs import Columns, Row, columns_of, read_inputs
-from simclr_ray.data.manifest import MANIFEST_NAME, UNIT_ROWS, Manifest, Shard, read_manifest, write_manifest
+from simclr_ray.data.manifest import (
+    MANIFEST_NAME,
+    UNIT_ROWS,
+    Manifest,
+    Shard,
+    read_manifest,
+    unit_rows_for,
+    write_manifest,
+)
 from simclr_ray.data.pack_order import PackOrder
 from simclr_ray.data.plan import PACK_DOMAIN, permutation
 from simclr_ray.data.read import RowRange, object_bytes, resolve
@@ -89,7 +97,7 @@ def pack(
     labels: Labels = "none",
     seed: int = 0,
     shard_bytes: int = 256 << 20,
-    unit_rows: int = UNIT_ROWS,
+    unit_rows: int | None = None,
     limits: Limits | None = None,
     kind: SourceKind | None = None,
     column: str | None = None,
@@ -110,7 +118,7 @@ def pack(
             Those of a data set are kept.
         seed: Address of the shuffle.
         shard_bytes: Wanted size of a shard.
-        unit_rows: Rows of a unit.
+        unit_rows: Rows of a unit; None chooses: 64, fewer for a small data set (`unit_rows_for`).
         limits: What an image may be.
         kind: Take only files of this kind; None finds out what the source is.
         column: Column of the images, or of a list's addresses, where it cannot be told.
@@ -130,7 +138,7 @@ def pack(
         raise ConfigError("source and destination are the same folder", where=source)
     if not 0 <= distance <= LARGEST_DISTANCE:
         raise ConfigError("the distance of duplicates", got=distance, expected=f"0 to {LARGEST_DISTANCE} bits")
-    options = IndexOptions(kind, column, labels, label_column, seed, unit_rows)
+    options = IndexOptions(kind, column, labels, label_column, seed, unit_rows or UNIT_ROWS)
     limits = limits or Limits()
     settings = {"verb": "pack", "source": source, SOURCE_STATE: state_of(source, kind)} | asdict(options)
     settings |= {"shard_bytes": shard_bytes, "deduplicate": deduplicate, "distance": distance}
@@ -143,6 +151,7 @@ def pack(
     found = survey(source, folder, options, claimed)
     with ray_ready():
         indexed = build(found, source, folder, options)
+        unit_rows = unit_rows or unit_rows_for(indexed.rows)
         own = indexed.folder != folder  # a data set, whose labels are known
         columns = columns_of(indexed, label_column if own or labels != "none" else None)
         rows_each = _rows_per_shard(indexed, shard_bytes, unit_rows, encode)

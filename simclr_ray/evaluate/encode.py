@@ -202,13 +202,16 @@ def read_some(
 ) -> tuple[list[Image], npt.NDArray[np.int64] | None]:
     """Images of a data set that decode, at most `count`, by whole units in the order of a seed, and their labels.
 
+    A set that has no more than `count` images gives all, in stored order.
+
     Returns:
         Decoded images, and labels (n,), -1 where an image has none, or None where the data set has no column of them.
     """
     columns = columns_of(manifest, "label")
     images, labels = list[Image](), list[int]()
-    for pieces in units_by_seed(manifest, seed):
-        for row in read_inputs([resolve(manifest, piece) for piece in pieces], columns):
+    by_seed = ([resolve(manifest, piece) for piece in pieces] for pieces in units_by_seed(manifest, seed))
+    for ranges in [list(row_ranges(manifest))] if manifest.rows <= count else by_seed:
+        for row in read_inputs(ranges, columns):
             image = None if row.lost else decode(row.image, limits)
             if image is None or isinstance(image, Rejected):
                 continue
@@ -224,7 +227,7 @@ def read_some(
 def units_by_seed(manifest: Manifest, seed: int) -> Iterator[tuple[Piece, ...]]:
     """Each unit of a run's first epoch once, in its order; of a data set that fills none, its rows.
 
-    So a few images of a bucket of any size are had by a few range reads, and are not those of one folder or class.
+    So a few images of a packed bucket of any size are had by a few range reads, and are not those of one folder.
     """
     table = UnitTable(manifest)
     if table.num_units:

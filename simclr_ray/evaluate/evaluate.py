@@ -60,7 +60,7 @@ class Evaluation:
     step: int
     """Checkpoint that was evaluated."""
     supervised: tuple[SupervisedRow, ...] = ()
-    """Of the protocols `sgd` and `finetune`."""
+    """Of the protocols that train with labels."""
 
 
 def evaluate(run: str, overrides: Sequence[str] = (), *, pictures: bool = True) -> Evaluation:
@@ -110,7 +110,7 @@ def evaluate(run: str, overrides: Sequence[str] = (), *, pictures: bool = True) 
         _write(out, rows, about, costs)
         console.block("\n" + to_text(rows) + "\n")
         if len(config.evaluate.seeds) > 1:
-            console.say(f"linear: mean +- standard deviation over {len(config.evaluate.seeds)} probe seeds")
+            console.say(f"linear: mean and 95 % interval over {len(config.evaluate.seeds)} probe seeds")
     supervised = measure_supervised(
         config, trained, train_manifest, test, out, num_classes=num_classes, about=about, say=console.say
     )
@@ -164,7 +164,7 @@ def _about(
     folder: RunFolder, config: Config, trained: TrainedEncoder, train: Manifest, test: Manifest
 ) -> dict[str, Any]:
     """What every result says of how it came about."""
-    pretrained_on = dict((folder.info() or {}).get("identity", {})).get("manifest")
+    identity = dict((folder.info() or {}).get("identity", {}))
     return {
         "step": trained.step,
         "test": config.evaluate.test,
@@ -172,7 +172,9 @@ def _about(
         "seeds": list(config.evaluate.seeds),
         "config": config.evaluate.model_dump(mode="json"),
         "model": config.model.model_dump(mode="json"),
-        "manifests": {"pretraining": pretrained_on, "train": train.fingerprint, "test": test.fingerprint},
+        "run_seed": config.run.seed,
+        "config_fingerprint": storage.digest(json.dumps(identity, sort_keys=True).encode()),
+        "manifests": {"pretraining": identity.get("manifest"), "train": train.fingerprint, "test": test.fingerprint},
         "version": __version__,
     }
 

@@ -31,3 +31,11 @@ def interval95(values: Sequence[float]) -> Interval:
     quantile = _T[len(values) - 2] if len(values) - 1 <= len(_T) else 1.96
     half = quantile * statistics.stdev(values) / math.sqrt(len(values))
     return Interval(mean, mean - half, mean + half)
+
+
+def percent(values: Sequence[float]) -> str:
+    """Fractions as their mean in percent with its interval, `84.9 [84.2, 85.6]`; the mean alone of one, `-` of none."""
+    if not values:
+        return "-"
+    mean, low, high = (100 * one for one in interval95(values))
+    return f"{mean:.1f}" if math.isnan(low) else f"{mean:.1f} [{low:.1f}, {high:.1f}]"

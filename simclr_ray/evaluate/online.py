@@ -233,7 +233,7 @@ def _sentence(one: dict[str, Any]) -> str:
              if one.get(key) is not None]  # fmt: skip
     parts += [f"RankMe {one['rankme']:.1f}"] if one.get("rankme") is not None else []
     return (
-        f"measured at step {one['step']} on held-out training images: {', '.join(parts)}; it took "
+        f"measured at step {one['step']} on training images, one half asking the other: {', '.join(parts)}; it took "
         f"{one['cpu_s']:.1f} s of CPU at the lowest priority, {1000 * one['cpu_s_a_step']:.1f} ms a step"
     )
 

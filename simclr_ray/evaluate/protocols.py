@@ -20,7 +20,7 @@ from simclr_ray import storage
 from simclr_ray.config import Config
 from simclr_ray.data.manifest import Manifest
 from simclr_ray.evaluate.encode import LabelledSet, TrainedEncoder
-from simclr_ray.evaluate.intervals import interval95
+from simclr_ray.evaluate.intervals import interval95, percent
 from simclr_ray.evaluate.subsets import part_of_labels, read_file_list, rows_of_list
 from simclr_ray.evaluate.supervised import (
     Kind,
@@ -36,6 +36,7 @@ from simclr_ray.evaluate.table import markdown
 from simclr_ray.train.derive import limits_of
 
 Say = Callable[[str], None]
+PROTOCOLS_NAME = "protocols.json"
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def measure_supervised(
 def supervised_text(rows: Sequence[SupervisedRow]) -> str:
     """The results as plain text, a line each."""
     return "\n".join(
-        f"{row.protocol:11s} {row.part:>8s} ({row.labels:,} labels)  {_percent(row)}  {row.seconds:.0f} s"
+        f"{row.protocol:11s} {row.part:>8s} ({row.labels:,} labels)  {percent(row.values)}  {row.seconds:.0f} s"
         for row in rows
     )
 
@@ -157,20 +158,24 @@ def _classifier(made: Trained, images: TrainingImages, manifest: str) -> bytes:
 
 
 def _write(folder: str, rows: Sequence[SupervisedRow], about: Mapping[str, Any]) -> None:
-    numbers = {
-        **about,
-        "rows": [finite(asdict(row) | {"interval95": finite(interval95(row.values)._asdict())}) for row in rows],
-    }
-    storage.write_bytes(storage.join(folder, "protocols.json"), json.dumps(numbers, indent=1, allow_nan=False).encode())
+    made = [finite(asdict(row) | {"interval95": finite(interval95(row.values)._asdict())}) for row in rows]
+    kept = _of_the_same(folder, about, {(row.protocol, row.part) for row in rows})
+    numbers = {**about, "rows": [*kept, *made]}
+    storage.write_bytes(storage.join(folder, PROTOCOLS_NAME), json.dumps(numbers, indent=1, allow_nan=False).encode())
     header = ["protocol", "labels", "top-1 %, 95 % interval", "seeds", "seconds"]
     body = [
-        [f"{row.protocol}, {row.part}", f"{row.labels:,}", _percent(row), str(len(row.values)), f"{row.seconds:.0f}"]
-        for row in rows
-    ]
+        [f"{row['protocol']}, {row['part']}", f"{row['labels']:,}", percent(row["values"]), str(len(row["values"])),
+         f"{row['seconds']:.0f}"]
+        for row in numbers["rows"]
+    ]  # fmt: skip
     storage.write_bytes(storage.join(folder, "protocols.md"), markdown(header, body).encode())
 
 
-def _percent(row: SupervisedRow) -> str:
-    found = interval95(row.values)
-    mean = f"{100 * found.mean:.1f}"
-    return mean if math.isnan(found.low) else f"{mean} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
+def _of_the_same(folder: str, about: Mapping[str, Any], anew: set[tuple[str, str]]) -> list[dict[str, Any]]:
+    """Rows of other protocols and parts that an earlier call left of the same checkpoint and data."""
+    try:
+        before = json.loads(storage.read_bytes(storage.join(folder, PROTOCOLS_NAME)))
+        same = all(before[name] == about[name] for name in ("step", "test", "manifests"))
+        return [row for row in before["rows"] if same and (row["protocol"], row["part"]) not in anew]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return []

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from simclr_ray.evaluate.intervals import percent
 from simclr_ray.evaluate.linear import ProbeSummary
 
 MISSING = "-"
@@ -34,7 +35,7 @@ class EvaluationRow:
 
 def to_text(rows: Sequence[EvaluationRow]) -> str:
     """Write the table as aligned plain text: a header, a rule, a line a row."""
-    header, *body = _cells(rows, plus_minus="+-")
+    header, *body = _cells(rows)
     widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
     rule = ["-" * width for width in widths]
     return "\n".join(_aligned(line, widths) for line in (header, rule, *body))
@@ -42,7 +43,7 @@ def to_text(rows: Sequence[EvaluationRow]) -> str:
 
 def to_markdown(rows: Sequence[EvaluationRow]) -> str:
     """Write the table as Markdown."""
-    header, *body = _cells(rows, plus_minus="\N{PLUS-MINUS SIGN}")
+    header, *body = _cells(rows)
     return markdown(header, body)
 
 
@@ -52,7 +53,7 @@ def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(map(_markdown, line)) + " |" for line in (header, rule, *body))
 
 
-def _cells(rows: Sequence[EvaluationRow], *, plus_minus: str) -> list[list[str]]:
+def _cells(rows: Sequence[EvaluationRow]) -> list[list[str]]:
     """Lay the table out as text cells, header first. Probe columns come in the order of their first mention."""
     budgets = list(dict.fromkeys(labels for row in rows for labels in row.linear))
     probes = [f"linear %, {labels}" for labels in budgets] or ["linear %"]
@@ -61,7 +62,7 @@ def _cells(rows: Sequence[EvaluationRow], *, plus_minus: str) -> list[list[str]]
         [
             row.name,
             _number(row.knn_top1, scale=100, digits=1),
-            *([_probe(row.linear.get(labels), plus_minus) for labels in budgets] or [MISSING]),
+            *([_probe(row.linear.get(labels)) for labels in budgets] or [MISSING]),
             _number(row.rankme, digits=1),
             _number(row.alignment, digits=3),
             _number(row.uniformity, digits=3),
@@ -76,12 +77,8 @@ def _number(value: float | None, *, scale: float = 1.0, digits: int) -> str:
     return MISSING if value is None or math.isnan(value) else f"{scale * value:.{digits}f}"
 
 
-def _probe(summary: ProbeSummary | None, plus_minus: str) -> str:
-    """Write mean and spread in percent; one seed has no spread to show."""
-    if summary is None:
-        return MISSING
-    mean, spread = _number(summary.mean, scale=100, digits=1), _number(summary.spread, scale=100, digits=1)
-    return mean if spread == MISSING else f"{mean} {plus_minus} {spread}"
+def _probe(summary: ProbeSummary | None) -> str:
+    return MISSING if summary is None else percent(summary.values)
 
 
 def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:

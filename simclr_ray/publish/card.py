@@ -99,7 +99,9 @@ def _measured(facts: Facts) -> str:
 def _table(table: ResultTable, step: int) -> str:
     """A table and what it is of; a place is told by its last two parts alone."""
     place = "/".join([part for part in _line(storage.redact(table.test)).split("/") if part][-2:])
-    words = f"On the test set `{place}`, which was used once, after training."
+    words = f"On the test set `{place}`." if place else "On a test set that is not named."
+    if table.other_weights:
+        words += " Trained with labels from this encoder on: those weights are not part of this export."
     words += f" Measured by {'; '.join(table.measures)}." if table.measures else ""
     words += f" These are numbers of step {table.step}, not of this export's." if table.step != step else ""
     title = f"### {_line(table.title)}\n\n" if table.title else ""

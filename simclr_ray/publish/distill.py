@@ -15,9 +15,10 @@ from simclr_ray.config import Config
 from simclr_ray.configure import ConfigSource, load_config, use_storage
 from simclr_ray.data.manifest import read_manifest
 from simclr_ray.errors import ConfigError
+from simclr_ray.evaluate.online import online_evaluation
 from simclr_ray.train.derive import policy_of
 from simclr_ray.train.pretrain import RunResult, pretrain
-from simclr_ray.train.run import open_existing
+from simclr_ray.train.run import RunFolder, open_existing
 
 CROPS_AND_FLIPS = (
     "views.jitter_probability=0", "views.grayscale_probability=0", "views.blur_probability=0",
@@ -33,7 +34,7 @@ def distill(
 
     Args:
         teacher: Run folder of the teacher.
-        config: Of the student, as for `pretrain`.
+        config: Of the student, as for `pretrain`; colours and blur of its views are left out.
         overrides: On top of it.
         classifier: File in the teacher's run; None takes the only one there is.
         temperature: None takes the config's.
@@ -43,20 +44,23 @@ def distill(
 
     Raises:
         ConfigError: the teacher has no classifier, or several; it is another one than when the student began; its
-            labels are asked for and are of another data set; and all that `pretrain` raises.
+            labels are asked for and are of another data set; the student's folder is the teacher's; and all that
+            `pretrain` raises.
     """
     from simclr_ray.train.teacher import labels_of_teacher, load_teacher, read_classifier
 
+    _refuse_colours(overrides)
     chosen = [*overrides, *CROPS_AND_FLIPS]
     chosen += [f"distill.temperature={temperature}"] if temperature is not None else []
     chosen += [f"distill.labels={labels}"] if labels is not None else []
     settings = load_config(config, chosen)
     use_storage(settings)
     run, of_teacher = open_existing(teacher)
+    begun = _begun(settings, run, fresh=fresh)
     _refuse_other_input(of_teacher, settings, run.uri)
     name = classifier or settings.distill.classifier or _only_classifier(run.uri)
     values = settings.model_dump(mode="json")
-    values["distill"] |= {"teacher": run.uri, "classifier": name}
+    values["distill"] |= {"teacher": run.uri, "classifier": name, "digest": begun}
     _, data = read_classifier(load_config(values).distill)
     values["distill"]["digest"] = storage.digest(data)
     settings = load_config(values)
@@ -64,7 +68,37 @@ def distill(
     if settings.distill.labels == "teacher":
         labels_of_teacher(loaded, read_manifest(str(settings.data.train)))  # which may refuse: before anything starts
     values["model"]["projection_dim"] = loaded.num_classes
-    return pretrain(load_config(values), fresh=fresh)
+    return pretrain(load_config(values), fresh=fresh, beside=online_evaluation)
+
+
+def _begun(student: Config, teacher: RunFolder, *, fresh: bool) -> str | None:
+    """Digest of the classifier that the student in `run.folder` began with; None where it begins now.
+
+    Raises:
+        ConfigError: no folder is given, or it is the teacher's.
+    """
+    if student.run.folder is None:
+        raise ConfigError("the student needs a folder", where="run.folder", fix="add --set run.folder=FOLDER")
+    folder = RunFolder(storage.normalise(student.run.folder))
+    if folder.uri == teacher.uri:
+        raise ConfigError("the student's folder is its teacher's", where=folder.uri,
+                          fix="give the student one of its own: --set run.folder=FOLDER")  # fmt: skip
+    info = None if fresh else folder.info()
+    digest = (info or {}).get("identity", {}).get("distill.digest")
+    return None if digest is None else str(digest)
+
+
+def _refuse_colours(overrides: Sequence[str]) -> None:
+    """Refuse what is going to be overridden.
+
+    Raises:
+        ConfigError: with the setting.
+    """
+    for text in overrides:
+        key, _, value = (part.strip() for part in text.partition("="))
+        if f"{key}=0" in CROPS_AND_FLIPS and value not in ("0", "0.0", "null"):
+            raise ConfigError("a student sees crops and flips alone", where=key, got=value, expected="0, or nothing",
+                              fix="leave the setting out")  # fmt: skip
 
 
 def _refuse_other_input(teacher: Config, student: Config, where: str) -> None:

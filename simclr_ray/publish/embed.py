@@ -102,8 +102,9 @@ def embed(
     finished = claim_folder(out, identity)
     parts = cut(manifest.rows, rows_per_file)
     if finished is not None:
+        report = _report_of(out, finished, kept=len(parts), seconds=0.0)
         say(f"{out}: complete already, nothing to do")
-        return _report_of(out, finished, kept=len(parts), seconds=0.0)
+        return report
     found = found_parts(out, parts, order.work)
     missing = [part for part in parts if part not in found]
     say(f"embed: {manifest.rows:,} images into {len(parts):,} files of vectors of {order.width} {options.dtype}s")

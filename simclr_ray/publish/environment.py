@@ -25,6 +25,7 @@ from simclr_ray.views.make import how_views_are_made
 PACKAGES = (
     "ray", "torch", "torchvision", "timm", "numpy", "pyarrow", "pillow", "simplejpeg", "opencv-python-headless",
     "opencv-python", "safetensors", "pydantic", "botocore", "s3fs", "fsspec", "matplotlib", "tensorboard", "triton",
+    "faiss-cpu", "onnx", "onnxruntime", "onnxscript", "optuna", "umap-learn", "numba",
 )  # fmt: skip
 VARIABLES = re.compile(
     r"^(?:RAY_|AWS_|SIMCLR_|CUDA_|NCCL_|GLOO_|TORCH|PYTORCH_|OMP_|MKL_|OPENBLAS_|SLURM_|KUBERNETES_SERVICE|HTTPS?_PROXY|"

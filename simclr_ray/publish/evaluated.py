@@ -12,10 +12,12 @@ import yaml
 
 from simclr_ray import storage
 from simclr_ray.errors import DataError, SimclrError
+from simclr_ray.evaluate.intervals import percent
+from simclr_ray.evaluate.protocols import PROTOCOLS_NAME
 from simclr_ray.train.run import RunFolder
 
 T = TypeVar("T")
-PROBES, SUPERVISED = "results.json", "protocols.json"
+PROBES, SUPERVISED = "results.json", PROTOCOLS_NAME
 _MEASURES = (
     ("knn_top1", "kNN %", 100, 1),
     ("rankme", "RankMe", 1, 1),
@@ -37,6 +39,18 @@ class Evaluated:
     """`protocols.json`: classifiers trained with labels; empty where none was."""
 
 
+_NOTHING: Mapping[str, Any] = {}
+
+
+def read_probes(run: RunFolder, notes: list[str]) -> tuple[Evaluated, ...]:
+    """The probes on the run's own test set alone, by one request.
+
+    Raises:
+        StorageError: the store refuses or fails.
+    """
+    return (Evaluated(probes=read_or_note(run, f"eval/{PROBES}", _mapping, _NOTHING, notes)),)
+
+
 def read_evaluated(run: RunFolder, notes: list[str]) -> tuple[Evaluated, ...]:
     """The run's own measurements first, also if there are none, then those of other sets by name.
 
@@ -48,9 +62,8 @@ def read_evaluated(run: RunFolder, notes: list[str]) -> tuple[Evaluated, ...]:
     found = []
     for name in names:
         place = f"eval/{name}" if name else "eval"
-        nothing: Mapping[str, Any] = {}
         probes, supervised = (
-            read_or_note(run, f"{place}/{file}", _mapping, nothing, notes) for file in (PROBES, SUPERVISED)
+            read_or_note(run, f"{place}/{file}", _mapping, _NOTHING, notes) for file in (PROBES, SUPERVISED)
         )
         if not name or probes or supervised:
             found.append(Evaluated(name, probes, supervised))
@@ -72,6 +85,8 @@ class ResultTable:
     """The test set, without what a signed address grants; empty where it is not known."""
     measures: Sequence[str]
     """How they were taken."""
+    other_weights: bool = False
+    """Whether they are of classifiers that were trained from the encoder on, and not of the encoder."""
 
 
 def result_tables(evaluated: Sequence[Evaluated]) -> list[ResultTable]:
@@ -84,6 +99,7 @@ def result_tables(evaluated: Sequence[Evaluated]) -> list[ResultTable]:
                 tables.append(ResultTable(
                     f"Transfer: {one.name}" if one.name else "", header, rows,
                     step if isinstance(step, int) else None, storage.tellable(str(test)) if test else "", measures,
+                    other_weights=said is one.supervised,
                 ))  # fmt: skip
     return tables
 
@@ -134,7 +150,7 @@ def _probes_table(said: Mapping[str, Any]) -> _Table:
     about = [f"kNN with k = {said['knn_k']}"] if said.get("knn_k") else []
     seeds = said.get("seeds")
     if isinstance(seeds, list) and len(seeds) > 1:
-        about.append(f"linear: mean and standard deviation over {len(seeds)} probe seeds (one pretraining)")
+        about.append(f"linear: mean and 95 % interval over {len(seeds)} probe seeds (one pretraining)")
     return header, body, about
 
 
@@ -146,8 +162,8 @@ def _supervised_table(said: Mapping[str, Any]) -> _Table:
         body.append([
             f"{row.get('protocol', '-')}, {row.get('part', '-')}",
             f"{labels:,}" if isinstance(labels, int) else "-",
-            _interval(row.get("interval95")),
-            str(len(values)) if isinstance(values, list) else "-",
+            percent(_values(values)),
+            str(len(_values(values))),
             _number(row.get("seconds"), 1, 0),
         ])  # fmt: skip
     header = ["trained with labels", "labels", "top-1 %, 95 % interval over seeds", "seeds", "seconds"]
@@ -159,21 +175,25 @@ def _probes(row: Mapping[str, Any]) -> Mapping[str, Any]:
     return probes if isinstance(probes, Mapping) else {}
 
 
+def number_of(value: object) -> float | None:
+    """A finite number of a file, or None for anything else."""
+    try:
+        number = float(value) if isinstance(value, (int, float)) else math.nan
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
 def _number(value: object, scale: float, digits: int) -> str:
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
-        return "-"
-    return f"{scale * value:.{digits}f}"
+    number = number_of(value)
+    return "-" if number is None else f"{scale * number:.{digits}f}"
 
 
 def _probe(summary: object) -> str:
-    if not isinstance(summary, Mapping):
-        return "-"
-    mean, spread = _number(summary.get("mean"), 100, 1), _number(summary.get("spread"), 100, 1)
-    return mean if spread == "-" else f"{mean} \N{PLUS-MINUS SIGN} {spread}"
+    return percent(_values(summary.get("values"))) if isinstance(summary, Mapping) else "-"
 
 
-def _interval(found: object) -> str:
-    if not isinstance(found, Mapping):
-        return "-"
-    mean, low, high = (_number(found.get(name), 100, 1) for name in ("mean", "low", "high"))
-    return mean if "-" in (low, high) else f"{mean} [{low}, {high}]"
+def _values(found: object) -> list[float]:
+    """The numbers of a list; what is none is left out."""
+    numbers = [number_of(one) for one in found] if isinstance(found, list) else []
+    return [one for one in numbers if one is not None]

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from simclr_ray import storage
 from simclr_ray.config import Config
-from simclr_ray.errors import ConfigError, NumericsError
+from simclr_ray.errors import ConfigError, DataError, NumericsError
 from simclr_ray.evaluate.encode import TrainedEncoder, load_encoder
 from simclr_ray.publish.card import Facts, model_card
-from simclr_ray.publish.evaluated import read_evaluated, result_tables
+from simclr_ray.publish.evaluated import ResultTable, read_evaluated, result_tables
 from simclr_ray.publish.layouts import WEIGHTS, Format, plain_model, refuse_what_has_no_name
 from simclr_ray.train.run import RunFolder, open_existing
 from simclr_ray.version import __version__
@@ -69,6 +69,7 @@ def export(
     Raises:
         ConfigError: no run here, the folder is not empty, or the format has no such network.
         StorageError: the run has no valid checkpoint, or a store fails.
+        DataError: what was measured of the run cannot be read.
         NumericsError: the exported network gives other outputs.
     """
     place, config = open_existing(run)
@@ -87,7 +88,7 @@ def export(
     files["config.json"] = json.dumps(_configuration(config, trained, format), indent=1).encode()
     facts = Facts(
         config, trained.policy, format, trained.step, trained.width, licence, str(_identity(place).get("manifest")),
-        checked, result_tables(read_evaluated(place, [])),
+        checked, _measured(place),
         {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
     )  # fmt: skip
     files["README.md"] = model_card(facts).encode()
@@ -198,6 +199,20 @@ def _info(run: RunFolder) -> dict[str, Any]:
 
 def _identity(run: RunFolder) -> dict[str, Any]:
     return dict(_info(run).get("identity", {}))
+
+
+def _measured(run: RunFolder) -> list[ResultTable]:
+    """What `evaluate` left, for the card.
+
+    Raises:
+        DataError: a file of it cannot be read, so that the card would say too little.
+    """
+    notes: list[str] = []
+    found = read_evaluated(run, notes)
+    if notes:
+        raise DataError("the card cannot tell what was measured", where=run.path("eval"), got="; ".join(notes),
+                        fix="run simclr-ray evaluate again, or remove that file")  # fmt: skip
+    return result_tables(found)
 
 
 def _claim(folder: str) -> None:

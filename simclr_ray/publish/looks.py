@@ -6,7 +6,7 @@ range reads. Everything is computed on the CPU, from the newest checkpoint.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -75,7 +75,7 @@ class Look:
     variance: tuple[float, ...]
     """Share of the whole variance that each component has."""
     umap: npt.NDArray[np.float64] | None
-    """(n, 2), where it was asked for."""
+    """(n, 2), where it was asked for and there is one."""
     spectrum: tuple[float, ...]
     """Singular values of the embeddings, the greatest first and as 1."""
     queries: tuple[int, ...]
@@ -164,16 +164,20 @@ def refuse_no_umap() -> None:
     """Refuse to go on without the package.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: it is not installed, or what is installed does not work.
     """
-    if importlib.util.find_spec("umap") is None:
-        raise ConfigError("a UMAP map needs umap-learn", fix="install it with: pip install 'simclr-ray[umap]'")
+    try:
+        importlib.import_module("umap").UMAP  # noqa: B018
+    except (ImportError, AttributeError) as error:
+        raise ConfigError("a UMAP map needs umap-learn", got=f"{type(error).__name__}: {error}",
+                          fix="install it with: pip install 'simclr-ray[umap]'") from None  # fmt: skip
 
 
-def umap_of(h: Tensor) -> npt.NDArray[np.float64]:
+def umap_of(h: Tensor) -> npt.NDArray[np.float64] | None:
     """UMAP (McInnes et al., arXiv 1802.03426) of (n, d) embeddings by cosine, with its usual settings: (n, 2).
 
-    The same embeddings give the same map: its seed is fixed, for which it uses one thread.
+    The same embeddings give the same map: its seed is fixed, for which it uses one thread. None where there is no map:
+    of fewer than four embeddings, or of a collapsed encoder's.
 
     Raises:
         ConfigError: umap-learn is not installed.
@@ -181,8 +185,11 @@ def umap_of(h: Tensor) -> npt.NDArray[np.float64]:
     refuse_no_umap()
     from umap import UMAP
 
+    if len(h) < 4 or float((h - h[0]).abs().max()) == 0:
+        return None
     fit = UMAP(n_neighbors=min(UMAP_NEIGHBOURS, len(h) - 1), metric="cosine", random_state=0, n_jobs=1, init="pca")
-    return np.asarray(fit.fit_transform(h.float().cpu().numpy()), np.float64)
+    places = np.asarray(fit.fit_transform(h.float().cpu().numpy()), np.float64)
+    return places if np.isfinite(places).all() else None
 
 
 def encoded(image: Image, side: int | None = None) -> bytes:

@@ -53,7 +53,7 @@ def neighbours(
 
     Raises:
         ConfigError: not one query, k below 1, faiss is not installed, or the encoder is another one.
-        DataError: no finished embedding, no such id, or the image does not decode.
+        DataError: no finished embedding, none of an image, no such id, or the image does not decode.
         StorageError: a store fails, or the run has lost the checkpoint.
     """
     if (image is None) == (sample_id is None):
@@ -63,6 +63,8 @@ def neighbours(
     faiss = _faiss()
     folder = storage.normalise(folder)
     numbers = read_embedding(folder)
+    if not numbers["rows"]:
+        raise DataError("the embedding holds no image", where=folder, fix="see rejected.parquet there")
     query = (
         _image_vector(numbers, image, run)
         if image is not None

@@ -17,14 +17,13 @@ import yaml
 
 from simclr_ray import storage
 from simclr_ray.config import Config
-from simclr_ray.configure import load_config
 from simclr_ray.errors import ConfigError
 from simclr_ray.evaluate.online import online_records, parse_online
 from simclr_ray.observe.console import duration
 from simclr_ray.observe.metrics import Record, parse_jsonl
-from simclr_ray.publish.evaluated import Evaluated, read_evaluated, read_or_note, rows_of
+from simclr_ray.publish.evaluated import Evaluated, number_of, read_evaluated, read_or_note, read_probes, rows_of
 from simclr_ray.train.lock import holder_of, is_alive
-from simclr_ray.train.run import RunFolder
+from simclr_ray.train.run import RunFolder, config_of
 
 TRAINED = "trained encoder"
 """Name of the row of `eval/results.json` that is about what the run learned."""
@@ -151,12 +150,16 @@ class RunRecord:
         row = next((row for row in rows_of(self.evaluation) if row.get("name") == TRAINED), {})
         if name == "linear_top1":
             probes = list(row.get("linear", {}).values()) if isinstance(row.get("linear"), Mapping) else []
-            return _number(probes[-1].get("mean")) if probes and isinstance(probes[-1], Mapping) else None
-        return _number(row.get(name))
+            return number_of(probes[-1].get("mean")) if probes and isinstance(probes[-1], Mapping) else None
+        return number_of(row.get(name))
 
 
-def read_record(folder: str) -> RunRecord:
+def read_record(folder: str, *, whole: bool = True) -> RunRecord:
     """Read what a run folder, local or in a store, says.
+
+    Args:
+        folder: Of the run.
+        whole: Without, only the probes on the run's own test set are read of what was measured: all that a list shows.
 
     Raises:
         ConfigError: no run here.
@@ -173,7 +176,7 @@ def read_record(folder: str) -> RunRecord:
     config = None
     if resolved:
         try:
-            config = load_config({key: value for key, value in resolved.items() if key != "derived"})
+            config = config_of(resolved)
         except ConfigError as error:
             notes.append(f"resolved.yaml is of another version: {error}")
     records: list[Record] = read_or_note(
@@ -184,7 +187,7 @@ def read_record(folder: str) -> RunRecord:
     measured: list[Record] = read_or_note(
         run, "eval/online.jsonl", lambda data: online_records(parse_online(data), batch), [], notes
     )
-    evaluated = read_evaluated(run, notes)
+    evaluated = read_evaluated(run, notes) if whole else read_probes(run, notes)
     return RunRecord(
         run.uri,
         info,
@@ -235,10 +238,6 @@ def _status(uri: str, said: str) -> str:
     if holder is None:
         return "stopped without a word"
     return "running" if is_alive(holder) else f"stopped, no heartbeat for {duration(time.time() - holder.beaten)}"
-
-
-def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def _count(value: object, default: int) -> int:

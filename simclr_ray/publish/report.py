@@ -70,10 +70,12 @@ def report(
         The URI of the file.
 
     Raises:
-        ConfigError: no run in a folder, too many of them, the output is a file of another kind, or umap-learn is not
-            installed.
+        ConfigError: no run in a folder, too many of them, the output is a file of another kind, or a UMAP that cannot
+            be had.
         StorageError: a store refuses or fails.
     """
+    if umap and not embedded:
+        raise ConfigError("a map needs images that are embedded", where="umap", got="embedded 0")
     if umap:
         refuse_no_umap()
     if not 1 <= len(runs) <= COLOURS:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 from simclr_ray import storage
@@ -69,15 +70,19 @@ def find_runs(folders: Sequence[str]) -> list[str]:
     return list(found)
 
 
-def read_runs(folders: Sequence[str]) -> list[RunRecord]:
+def read_runs(folders: Sequence[str], *, whole: bool = False) -> list[RunRecord]:
     """Records of all runs at or below some folders.
+
+    Args:
+        folders: Where to look.
+        whole: As for `read_record`.
 
     Raises:
         ConfigError: a folder holds none.
         StorageError: a store refuses or fails.
     """
     with ThreadPoolExecutor(_READERS, thread_name_prefix="runs") as pool:
-        return list(pool.map(read_record, find_runs(folders)))
+        return list(pool.map(partial(read_record, whole=whole), find_runs(folders)))
 
 
 def summary(record: RunRecord) -> RunSummary:

@@ -23,7 +23,7 @@ def runs(what: What, folders: Sequence[str], *, by: Measure, as_json: bool, cons
         ConfigError: no run there, too few to compare, or a ranking that would mean nothing.
         StorageError: a store refuses or fails.
     """
-    records = read_runs(folders)
+    records = read_runs(folders, whole=what == "show")
     place, names = _below([record.uri for record in records])
     summaries = ranked(records, by) if what == "best" else [summary(record) for record in records]
     if what == "compare" and len(records) < 2:
@@ -64,8 +64,9 @@ def _lines(what: What, records: Sequence[RunRecord], summaries: Sequence[RunSumm
                 json.dumps({"setting": key, "values": dict(zip([r.uri for r in records], values, strict=True))})
             )
         return
-    for one in summaries:
-        console.say(json.dumps(one.as_dict(), allow_nan=False))
+    for one, record in zip(summaries, records, strict=False):
+        whole = {"results": results_sections(record)} if what == "show" else {}
+        console.say(json.dumps(one.as_dict() | whole, allow_nan=False))
 
 
 def _compare(records: Sequence[RunRecord], names: Sequence[str], console: Console) -> None:

@@ -72,6 +72,8 @@ FREE = (
 
 #: What earlier versions did before there was a setting for it, where that is not its default now.
 BEFORE = {"views.scaled_decode": False}
+#: Settings that earlier versions had, with the value that did nothing: runs that kept it are read and go on.
+GONE: dict[str, Any] = {"distill.label_fraction": 0.0}
 
 
 _UPDATING = threading.Lock()
@@ -114,9 +116,26 @@ class RunFolder:
 def identity(config: Config, manifest_fingerprint: str) -> dict[str, Any]:
     """Everything that decides the loss curve, flat."""
     values = flat(config.model_dump(mode="json"))
+    if config.distill.digest is not None:  # which says what the teacher is, wherever it lies
+        values |= {"distill.teacher": None, "distill.classifier": None}
     return {key: value for key, value in values.items() if not key.startswith(FREE)} | {
         "manifest": manifest_fingerprint
     }
+
+
+def config_of(resolved: Mapping[str, Any]) -> Config:
+    """The settings of a `resolved.yaml`, also where an earlier version wrote it.
+
+    Raises:
+        ConfigError: it has a setting that there is not, or a value that cannot be.
+    """
+    values = {key: value for key, value in resolved.items() if key != "derived"}
+    for name, idle in GONE.items():
+        section, _, key = name.partition(".")
+        inside = values.get(section)
+        if isinstance(inside, Mapping) and key in inside and inside[key] == idle:
+            values[section] = {one: value for one, value in inside.items() if one != key}
+    return load_config(values)
 
 
 #: Everything that a run writes into its folder; `start_afresh` removes this and nothing else.
@@ -235,6 +254,7 @@ def compare(existing: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:
     defaults = flat(Config().model_dump(mode="json")) | BEFORE
     keys = sorted(set(existing) | set(mine))
     existing = {key: existing.get(key, defaults.get(key)) for key in keys}
+    keys = [key for key in keys if key not in GONE or existing[key] != GONE[key]]
     return [
         f"{key}: the run has {existing.get(key)!r}, now {mine.get(key)!r}"
         for key in keys
@@ -272,7 +292,7 @@ def open_existing(folder: str) -> tuple[RunFolder, Config]:
     if run.info() is None:
         raise ConfigError("no run here: run.json is missing", where=run.uri, fix="give the run.folder of a pretraining")
     resolved = yaml.safe_load(storage.read_bytes(run.path("resolved.yaml")))
-    return run, load_config({key: value for key, value in resolved.items() if key != "derived"})
+    return run, config_of(resolved)
 
 
 def write_quarantine(run: RunFolder, entries: pa.Table) -> None:

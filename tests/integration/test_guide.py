@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
 from simclr_ray.cli import main
-from simclr_ray.configure import to_yaml
 from simclr_ray.data.manifest import read_manifest
 from simclr_ray.data.shards import ImageRow
 from simclr_ray.publish.record import read_record
 from simclr_ray.train.pretrain import pretrain
-from tests.conftest import ROOT, real_rows, small_run
+from tests.conftest import ROOT, real_rows
 from tests.unit.test_docs import BLOCKS, commands
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
@@ -89,11 +90,20 @@ def test_your_images_and_what_is_done_with_a_run_of_them(place: Path, capsys: py
     assert len(labels) == 80
 
 
+def recipe_of(page: str) -> dict[str, Any]:
+    """The recipe that a page shows, made small enough for a test: what it says of data, test sets and loss stays."""
+    (block,) = (block for block in BLOCKS if block.language == "yaml" and block.page == ROOT / "docs" / page)
+    recipe = yaml.safe_load(block.text)
+    recipe["views"] |= {"preset": "cifar", "size": 16}
+    recipe["model"] = {"encoder": "small", "projection_dim": 16}
+    recipe["optim"] = {"name": "lars", "rule": "constant", "base_learning_rate": 0.01, "warmup_epochs": 0}
+    recipe["train"] = {"global_batch": 64, "steps": 12}
+    return dict(recipe)
+
+
 def make_runs(place: Path) -> None:
-    """What the pages between these have made: a run on one's images, and a student's settings."""
-    labelled = {"evaluate__train": str(place / "data/labelled"), "evaluate__test": str(place / "data/labelled-test")}
-    pretrain(small_run(
-        place / "runs/mine", read_manifest("data/mine"), train__steps=12, evaluate__num_labels=None, **labelled
-    ))  # fmt: skip
-    student = small_run(Path("unused"), read_manifest("data/labelled"), train__steps=12)
-    (place / "student.yaml").write_text(to_yaml(student.model_dump(mode="json")))
+    """What the pages have made by their recipes."""
+    recipe = recipe_of("your-images.md")
+    recipe["evaluate"]["num_labels"] = None
+    pretrain(recipe)
+    (place / "student.yaml").write_text(yaml.safe_dump(recipe_of("after-training.md")))

@@ -1,7 +1,7 @@
 """The documentation says what the code does: its commands are the program's, its settings exist, its Python runs.
 
-Every block is at least read by what would read it: commands by the parser of the command line, YAML by the validation
-of settings, Python by the compiler. A block after the line `<!-- run -->` is executed here, and one after
+Every block of commands, YAML or Python is at least read by what would read it: commands by the parser of the command
+line, YAML by the validation of settings, Python by the compiler. A block after the line `<!-- run -->` is executed here, and one after
 `<!-- run slowly -->` by tests/integration/test_guide.py. The others are in `NOT_RUN`, each with its reason.
 """
 
@@ -75,7 +75,7 @@ NOT_RUN = {
     ("README.md", "simclr-ray tune jobs/fashion_mnist.yaml --space jobs/spaces/temperature.yaml --folder runs/search"):
         "an hour; tests/faults/test_search_faults.py",
     ("README.md", "simclr-ray embed runs/mine data/mine vectors/mine                # every image a vector, "
-        "in Parquet files"): "run as docs/after-training.md has them; `import`: tests/unit/publish/test_import.py",
+        "in Parquet files"): "most as docs/after-training.md has them; `import` and formats: tests/unit/publish",
     ("README.md", "import simclr_ray"): "run as docs/index.md has it",
     ("README.md", 'views = simclr_ray.two_views(encoded, size=224, seed=0, policy="imagenet")  '
         "# list of bytes -> (n, 2, 224, 224, 3) uint8"): "run as docs/index.md has it",
