@@ -19,7 +19,7 @@ from uuid import uuid4
 from simclr_ray import storage
 from simclr_ray.config import Config
 from simclr_ray.configure import ConfigSource, load_config, use_storage
-from simclr_ray.data.manifest import Manifest, read_manifest
+from simclr_ray.data.manifest import Manifest, read_manifest, unit_rows_for
 from simclr_ray.errors import ConfigError
 from simclr_ray.train import check_cluster
 from simclr_ray.train.cluster import usable_cores
@@ -107,6 +107,12 @@ def _about(manifest: Manifest, seconds: float) -> Iterator[str]:
         f"data set: {manifest.rows:,} images in {len(manifest.shards):,} shards ({words}) of {size:,.2f} GiB, "
         f"fingerprint {manifest.fingerprint[:12]}, manifest read in {seconds:.1f} s"
     )
+    if manifest.unit_rows > unit_rows_for(manifest.rows):
+        yield (
+            f"warning: {manifest.rows // manifest.unit_rows:,} units of {manifest.unit_rows} images are few: images of "
+            "a unit always meet in a step, and embeddings are the better the more units there are; pack the data set "
+            f"again, and it will have units of {unit_rows_for(manifest.rows)}"
+        )
 
 
 def _run_folder(config: Config, manifest: Manifest, folder: str) -> Iterator[str]:

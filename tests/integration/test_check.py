@@ -28,6 +28,7 @@ def test_a_good_run_is_described_and_nothing_is_left_behind(
     assert main(["check", str(recipe(tmp_path / "run", data_set))]) == 0
     said = capsys.readouterr().out
     assert "data set: 400 images in 4 shards (4 parquet)" in said
+    assert "warning: 25 units of 16 images are few" in said
     assert re.search(r"reading: 128 images in 8 units took \d+ requests", said)
     assert "decoding: 64 images decoded, 128 headers read, 0 refused" in said
     assert "images: 128 PNG; 28 x 28 to 28 x 28" in said

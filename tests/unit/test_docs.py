@@ -1,8 +1,9 @@
 """The documentation says what the code does: its commands are the program's, its settings exist, its Python runs.
 
 Every block of commands, YAML or Python is at least read by what would read it: commands by the parser of the command
-line, YAML by the validation of settings, Python by the compiler. A block after the line `<!-- run -->` is executed here, and one after
-`<!-- run slowly -->` by tests/integration/test_guide.py. The others are in `NOT_RUN`, each with its reason.
+line, YAML by the validation of settings, Python by the compiler. A block after the line `<!-- run -->` is executed
+here, and one after `<!-- run slowly -->` by tests/integration/test_guide.py. The others are in `NOT_RUN`, each with its
+reason.
 """
 
 from __future__ import annotations

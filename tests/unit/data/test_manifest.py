@@ -18,7 +18,17 @@ from hypothesis import strategies as st
 
 from simclr_ray import storage
 from simclr_ray.data import read_objects
-from simclr_ray.data.manifest import FORMAT, KINDS, MANIFEST_NAME, Manifest, Shard, read_manifest, write_manifest
+from simclr_ray.data.manifest import (
+    FEWEST_UNITS,
+    FORMAT,
+    KINDS,
+    MANIFEST_NAME,
+    Manifest,
+    Shard,
+    read_manifest,
+    unit_rows_for,
+    write_manifest,
+)
 from simclr_ray.data.ranges import Source
 from simclr_ray.errors import DataError
 from tests.conftest import FASHION
@@ -314,3 +324,12 @@ def test_no_damage_to_the_file_raises_anything_else(cut: int, flip: int) -> None
         except DataError:
             return
         assert read.fingerprint == manifest.fingerprint, "damage that is not seen does not touch the samples"
+
+
+@given(st.integers(1, 100_000))
+def test_a_small_data_set_has_units_enough_to_shuffle(rows: int) -> None:
+    """A power of two up to 64, the largest that gives an epoch its 256 units; one row where none does."""
+    unit_rows = unit_rows_for(rows)
+    assert unit_rows in (1, 2, 4, 8, 16, 32, 64)
+    assert unit_rows == 1 or rows // unit_rows >= FEWEST_UNITS
+    assert unit_rows == 64 or rows // (2 * unit_rows) < FEWEST_UNITS

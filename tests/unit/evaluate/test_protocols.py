@@ -26,6 +26,7 @@ from simclr_ray.evaluate.encode import read_labelled
 from simclr_ray.evaluate.evaluate import evaluate
 from simclr_ray.evaluate.intervals import interval95
 from simclr_ray.evaluate.linear import PAPER_L2_GRID
+from simclr_ray.evaluate.protocols import PROTOCOLS_NAME, SupervisedRow, _write
 from simclr_ray.evaluate.subsets import part_of_labels, read_file_list, rows_of_list
 from simclr_ray.evaluate.supervised import (
     RATES,
@@ -261,3 +262,21 @@ def test_forty_images_are_learned(sets: tuple[Manifest, Manifest], run: str, kin
     )
     views = read_labelled(sets[0], policy, Limits(), num_pairs=0, seed=0).views[:40]
     assert accuracy(made, views, images.labels, policy) > 0.5
+
+
+def test_another_call_adds_its_rows_and_replaces_its_own(tmp_path: Path) -> None:
+    about = {"step": 8, "test": "t", "manifests": {"test": "m"}}
+
+    def row(protocol: str, part: str, value: float) -> SupervisedRow:
+        return SupervisedRow(protocol, 10, part, (value,), 1.0, 2, 4, 8, 0.1, "file")
+
+    def written() -> list[tuple[str, str, list[float]]]:
+        rows = json.loads((tmp_path / PROTOCOLS_NAME).read_text())["rows"]
+        return [(one["protocol"], one["part"], one["values"]) for one in rows]
+
+    _write(str(tmp_path), [row("finetune", "10%", 0.5), row("sgd", "100%", 0.6)], about)
+    _write(str(tmp_path), [row("finetune", "1%", 0.4), row("sgd", "100%", 0.7)], about)
+    assert written() == [("finetune", "10%", [0.5]), ("finetune", "1%", [0.4]), ("sgd", "100%", [0.7])]
+    assert len((tmp_path / "protocols.md").read_text().splitlines()) == 5
+    _write(str(tmp_path), [row("sgd", "100%", 0.8)], about | {"step": 9})
+    assert written() == [("sgd", "100%", [0.8])], "of another checkpoint nothing is kept"

@@ -16,7 +16,7 @@ import torch
 
 from simclr_ray import export, load_encoder, storage
 from simclr_ray.data.manifest import Manifest
-from simclr_ray.errors import ConfigError
+from simclr_ray.errors import ConfigError, DataError
 from simclr_ray.model.encoder import SamePool
 from simclr_ray.publish.card import _line
 from simclr_ray.publish.export import SUMS_NAME
@@ -188,7 +188,7 @@ def test_the_card_tells_what_was_measured_and_nothing_of_places(runs: dict[str, 
     test = "https://user:word@host/place|x`\n/test?X-Amz-Signature=abc"
     for name, numbers in (
         ("results", results(0.819, test=test) | {"step": 7}),
-        ("protocols", supervised([0.7, 0.9], test=test)),
+        ("protocols", supervised([0.79, 0.80, 0.81], test=test)),
         ("birds/results", results(0.4, test="/data/birds/test")),
     ):
         storage.write_bytes(f"{eval_folder}/{name}.json", json.dumps(numbers).encode())
@@ -198,13 +198,24 @@ def test_the_card_tells_what_was_measured_and_nothing_of_places(runs: dict[str, 
         storage.delete_folder(str(eval_folder))
     card = (tmp_path / "out" / "README.md").read_text()
     assert re.search(r"\| trained encoder \| 50.0 \| 81.9 \|", card)
-    assert "| finetune, 10% | 1,200 | 80.0 [70.0, 90.0] | 2 | 12 |" in card
+    assert "| finetune, 10% | 1,200 | 80.0 [77.5, 82.5] | 3 | 12 |" in card
     assert card.index("### Transfer: birds") < card.index("test set `birds/test`") < card.index("## Training")
+    assert card.count("those weights are not part of this export") == 1
     assert "abc" not in card
     assert "word" not in card
     assert "step 7, not of this export" in card
     assert str(tmp_path.parent) not in card
     assert _line("a`b|c\n\x1b[31m") == "a'b/c \\x1b[31m"
+
+
+def test_a_result_that_cannot_be_read_is_not_told_as_none(runs: dict[str, str], tmp_path: Path) -> None:
+    torn = Path(runs["small"]) / "eval" / "results.json"
+    storage.write_bytes(str(torn), b"{")
+    try:
+        with pytest.raises(DataError, match="cannot tell what was measured"):
+            export(runs["small"], str(tmp_path / "out"))
+    finally:
+        storage.delete_folder(str(torn.parent))
 
 
 @pytest.mark.parametrize("size", [6, 7, 12, 13])

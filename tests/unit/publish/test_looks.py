@@ -119,8 +119,13 @@ def test_a_umap_keeps_groups_together_and_is_the_same_each_time() -> None:
     group = torch.arange(60) % 3
     h = torch.eye(3, 16)[group] + 0.05 * torch.randn(60, 16, generator=generator)
     places = umap_of(h)
+    assert places is not None
     assert places.shape == (60, 2)
-    assert np.array_equal(umap_of(h), places)
+    assert np.array_equal(umap_of(h), places)  # type: ignore[arg-type]
     apart = np.linalg.norm(places[:, None] - places[None], axis=-1) + 1e9 * np.eye(60)
     assert (group[apart.argmin(axis=1)] == group).all()
-    assert umap_of(h[:4]).shape == (4, 2)
+    few = umap_of(h[:4])
+    assert few is not None
+    assert few.shape == (4, 2)
+    assert umap_of(h[:3]) is None
+    assert umap_of(torch.ones(60, 16)) is None, "collapsed"

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from simclr_ray import storage
 from simclr_ray.data.manifest import Manifest
@@ -19,6 +20,7 @@ from simclr_ray.publish.record import RunRecord, attempts_of, labels_of, read_re
 from simclr_ray.publish.report_charts import health, learning
 from simclr_ray.publish.report_tables import results_sections
 from simclr_ray.train.lock import Holder, hold
+from simclr_ray.train.run import compare, open_existing
 from tests.unit.publish.made import NOON, made_run, record_of, results, supervised
 
 
@@ -51,7 +53,7 @@ def test_what_was_measured_while_training_is_read_and_drawn(tmp_path: Path, data
 
 def test_trained_classifiers_and_other_test_sets_have_their_tables(tmp_path: Path, data_set: Manifest) -> None:
     run = made_run(tmp_path / "run", data_set, evaluation=results(0.8))
-    storage.write_bytes(run.path("eval/protocols.json"), json.dumps(supervised([0.75, 0.85])).encode())
+    storage.write_bytes(run.path("eval/protocols.json"), json.dumps(supervised([0.79, 0.80, 0.81])).encode())
     storage.write_bytes(run.path("eval/birds/results.json"), json.dumps(results(0.4, test="/data/birds")).encode())
     storage.write_bytes(run.path("eval/cats/protocols.json"), json.dumps(supervised([0.6], test="/data/cats")).encode())
     storage.write_bytes(run.path("eval/old/results.json"), b'{"rows": 3}')
@@ -59,7 +61,7 @@ def test_trained_classifiers_and_other_test_sets_have_their_tables(tmp_path: Pat
     record = read_record(run.uri)
     tables = results_sections(record)
     assert [table["title"] for table in tables] == ["", "", "Transfer: birds", "Transfer: cats"]
-    assert tables[1]["rows"] == [["finetune, 10%", "1,200", "80.0 [70.0, 90.0]", "2", "12"]]
+    assert tables[1]["rows"] == [["finetune, 10%", "1,200", "80.0 [77.5, 82.5]", "3", "12"]]
     assert "test set /data/birds" in tables[2]["about"]
     assert record.result("linear_top1") == 0.8, "of the run's own test set"
     assert [note.split(":")[0] for note in record.notes] == ["eval/torn/results.json cannot be read"]
@@ -88,6 +90,40 @@ def test_what_is_missing_or_damaged_is_a_note(tmp_path: Path, data_set: Manifest
     assert any("no metrics.jsonl yet" in note for note in record.notes)
     assert any("another version" in note for note in record.notes)
     assert facts_of(record)
+
+
+def test_a_run_with_a_setting_that_is_gone_is_read_and_goes_on_where_it_did_nothing(
+    tmp_path: Path, data_set: Manifest
+) -> None:
+    run = made_run(tmp_path / "run", data_set)
+    resolved = yaml.safe_load((tmp_path / "run" / "resolved.yaml").read_text())
+    for value, readable in ((0.0, True), (0.1, False)):
+        resolved["distill"]["label_fraction"] = value
+        (tmp_path / "run" / "resolved.yaml").write_text(yaml.safe_dump(resolved))
+        record = read_record(run.uri)
+        assert (record.config is not None) == readable
+        existing = (run.info() or {})["identity"] | {"distill.label_fraction": value}
+        assert (compare(existing, (run.info() or {})["identity"]) == []) == readable
+        if readable:
+            assert open_existing(run.uri)[1] == record.config
+        else:
+            assert "label_fraction" in record.notes[0]
+
+
+def test_a_list_reads_the_probes_alone(tmp_path: Path, data_set: Manifest) -> None:
+    run = made_run(tmp_path / "run", data_set, evaluation=results(0.8))
+    storage.write_bytes(run.path("eval/birds/results.json"), json.dumps(results(0.4)).encode())
+    assert len(read_record(run.uri).evaluated) == 2
+    lean = read_record(run.uri, whole=False)
+    assert [one.name for one in lean.evaluated] == [""]
+    assert lean.result("linear_top1") == 0.8
+
+
+def test_numbers_that_are_none_are_dashes(tmp_path: Path, data_set: Manifest) -> None:
+    strange = results(0.8)
+    strange["rows"][0] |= {"knn_top1": 10**400, "rankme": "many", "linear": {"10 labels": {"values": [None, 0.5]}}}
+    record = read_record(made_run(tmp_path / "run", data_set, evaluation=strange).uri)
+    assert results_sections(record)[0]["rows"][0][:4] == ["raw pixels", "-", "50.0", "-"]
 
 
 def test_a_run_that_says_it_is_running_is_believed_while_its_driver_beats(tmp_path: Path, data_set: Manifest) -> None:

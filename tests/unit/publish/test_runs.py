@@ -19,7 +19,7 @@ from tests.unit.publish.made import made_run, results, supervised
 def folder(tmp_path: Path, data_set: Manifest) -> Path:
     """Three runs in two levels, beside things that are none."""
     run = made_run(tmp_path / "runs" / "a", data_set, evaluation=results(0.7))
-    storage.write_bytes(run.path("eval/protocols.json"), json.dumps(supervised([0.75, 0.85])).encode())
+    storage.write_bytes(run.path("eval/protocols.json"), json.dumps(supervised([0.79, 0.80, 0.81])).encode())
     storage.write_bytes(run.path("eval/birds/results.json"), json.dumps(results(0.4, test="/data/birds")).encode())
     made_run(tmp_path / "runs" / "search" / "b", data_set, evaluation=results(0.9), loss__temperature=0.1)
     made_run(tmp_path / "runs" / "search" / "c", data_set, status="interrupted", steps=2)
@@ -79,7 +79,7 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = run("show", folder / "a")
     assert "attempt 1: steps 1 to 6" in shown
     assert "trained encoder" in shown
-    assert "80.0 [70.0, 90.0]" in shown
+    assert "80.0 [77.5, 82.5]" in shown
     assert shown.index("Transfer: birds") < shown.index("test set /data/birds")
     compared = run("compare", folder / "a", folder / "search" / "b")
     assert "loss.temperature" in compared
