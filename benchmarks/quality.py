@@ -4,7 +4,8 @@ paper's does.
 Both sides train the same encoder and projector from the same initial weights with the same policy, optimizer, learning
 rates, global batch and steps: ours by `simclr_ray.pretrain`, the peer by the bare loop around lightly's transform, data
 set and loss (train_lightly.py), which sends the two views through the encoder one after the other, as its examples do;
-on emoji also in one batch, as ours does, so that batch norm sees the same.
+on emoji also in one batch, as ours does, so that batch norm sees the same. On emoji ours is also run on units of 64
+images, as large data sets have them: a data set of 1,433 images is packed into smaller ones, and this shows why.
 Then one and the same code embeds both and measures them on test images that nothing was trained on: weighted kNN, and a
 linear probe whose regularisation is chosen on a hold-out of the training labels. The recipe of Fashion-MNIST is the
 demo's, whose learning rate and `zero_init_last` were chosen in short runs of ours on this same test split (README),
@@ -31,11 +32,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import mean
 
+import pyarrow.parquet as pq
 import torch
 from machine import machine
 from quality_tables import PAPER_STRENGTH, PAPER_TEMPERATURE, Cell, Data, Result, Side, show
@@ -45,7 +47,8 @@ from train_lightly import EXIT_NOT_INSTALLED, Task, installed
 
 from simclr_ray.config import Config
 from simclr_ray.configure import load_config
-from simclr_ray.data.manifest import read_manifest
+from simclr_ray.data.manifest import MANIFEST_NAME, UNIT_ROWS, read_manifest, write_manifest
+from simclr_ray.data.shards import ImageRow, write_shard
 from simclr_ray.evaluate.encode import Image, LabelledSet, embed, load_encoder, pixels, random_encoder, read_labelled
 from simclr_ray.evaluate.knn import knn_top1
 from simclr_ray.evaluate.linear import probe_over_seeds
@@ -101,7 +104,8 @@ def cells(seeds: int, sweep_seeds: int, *, emoji: bool) -> list[Cell]:
         for data in sets:
             out += [Cell(data, side, seed) for side in ("random encoder", *TRAINED)]
     if emoji:
-        out += [Cell("emoji", "lightly, one batch", seed) for seed in range(seeds)]
+        for side in ("lightly, one batch", "ours, units of 64"):
+            out += [Cell("emoji", side, seed) for seed in range(seeds)]
     for seed in range(sweep_seeds):
         out += [Cell("fashion-mnist", "ours", seed, f"loss.temperature={value}") for value in PAPER_TEMPERATURE]
         if emoji:
@@ -145,7 +149,10 @@ Made = tuple[Represent, int, list[float], float]
 
 def _ours(cell: Cell, config: Config, places: Places) -> Made:
     run = places.folder / "runs" / cell.name
-    sets = [part for change in [*places.overrides(cell), f"run.folder={run}"] for part in ("--set", change)]
+    changes = [*places.overrides(cell), f"run.folder={run}"]
+    if cell.side == "ours, units of 64":
+        changes.append(f"data.train={in_units_of_64(str(config.data.train), places.folder / 'emoji-64')}")
+    sets = [part for change in changes for part in ("--set", change)]
     command = [sys.executable, "-m", "simclr_ray.cli", "pretrain", str(RECIPE), *sets]
     environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
     environment.pop("RAY_ADDRESS", None)
@@ -156,6 +163,17 @@ def _ours(cell: Cell, config: Config, places: Places) -> Made:
     records = read_jsonl(run / "metrics.jsonl")
     losses, last = [record.values["train/loss"] for record in records], records[-1].values["time/step_s"]
     return (lambda views: embed(encoder.model.embed, views, encoder.policy)), encoder.step, losses, last
+
+
+def in_units_of_64(data: str, to: Path) -> str:
+    """The same images in the same order, in units of 64; the folder."""
+    if not (to / MANIFEST_NAME).exists():
+        manifest = read_manifest(data)
+        tables = [pq.read_table(manifest.shard_uri(shard)) for shard in range(len(manifest.table))]
+        rows = [ImageRow(row["image"], row["label"], row["uri"]) for table in tables for row in table.to_pylist()]
+        shard = write_shard(str(to), 0, rows, UNIT_ROWS)
+        write_manifest(replace(manifest, folder=str(to), shards=(shard,), unit_rows=UNIT_ROWS))
+    return str(to)
 
 
 def _lightly(cell: Cell, config: Config, places: Places) -> Made:
@@ -194,7 +212,7 @@ def _pixels(cell: Cell, config: Config, places: Places) -> Made:
 
 
 TRAINERS: dict[Side, Callable[[Cell, Config, Places], Made]] = {
-    "ours": _ours, "lightly": _lightly, "lightly, one batch": _lightly,
+    "ours": _ours, "lightly": _lightly, "lightly, one batch": _lightly, "ours, units of 64": _ours,
     "random encoder": _random, "raw pixels": _pixels,
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from simclr_ray.evaluate.intervals import interval95
 
 Data = Literal["fashion-mnist", "emoji"]
-Side = Literal["ours", "lightly", "lightly, one batch", "random encoder", "raw pixels"]
+Side = Literal["ours", "lightly", "lightly, one batch", "ours, units of 64", "random encoder", "raw pixels"]
 
 PAPER_TEMPERATURE = {0.05: 59.7, 0.1: 64.4, 0.5: 60.7, 1.0: 58.0}
 """SimCLR (arXiv 2002.05709v3), table 5: top-1 of the linear probe with l2 normalisation."""
@@ -90,7 +90,7 @@ def show(results: Sequence[Result]) -> dict[str, Any]:
                 knn, linear = spread([r.knn for r in of_it]), spread([r.linear for r in of_it])
                 print(f"| {data} | {side} | {len(of_it)} | {of_it[0].images_seen:,} | {knn} | {linear} |")
                 said["sides"][f"{data}, {side}"] = {"knn": [r.knn for r in of_it], "linear": [r.linear for r in of_it]}
-        for peer in ("lightly", "lightly, one batch"):
+        for peer in ("lightly", "lightly, one batch", "ours, units of 64"):
             said["difference"] |= _difference(data, by_side["ours"], by_side[peer], peer)
     for what, published, data in (
         ("loss.temperature", PAPER_TEMPERATURE, "fashion-mnist"), ("views.strength", PAPER_STRENGTH, "emoji"),
