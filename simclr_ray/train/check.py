@@ -110,7 +110,7 @@ def _about(manifest: Manifest, seconds: float) -> Iterator[str]:
     if manifest.unit_rows > unit_rows_for(manifest.rows):
         yield (
             f"warning: {manifest.rows // manifest.unit_rows:,} units of {manifest.unit_rows} images are few: images of "
-            "a unit always meet in a step, and embeddings are the better the more units there are; pack the data set "
+            "a unit always meet in a step, and with so few a small data set lost a point of kNN accuracy; pack it "
             f"again, and it will have units of {unit_rows_for(manifest.rows)}"
         )
 

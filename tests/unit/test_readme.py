@@ -7,6 +7,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from tests.conftest import benchmark
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 MEASURED = json.loads((ROOT / "benchmarks" / "results" / "views.json").read_text())
@@ -122,28 +124,58 @@ def test_the_search_is_as_measured() -> None:
     assert measured["killed"]["of_them_as_they_were"] == measured["killed"]["finished_before"]
 
 
+def test_embed_is_as_fast_as_measured() -> None:
+    measured = json.loads((ROOT / "benchmarks/results/embed.json").read_text())["small 28"]
+    speed, of_the_loop = (measured[table]["an actor at work"] for table in ("images_a_second", "of_the_bare_loop"))
+    words = (
+        f"does {speed['clock']:,.0f} images/s with the demo's encoder on one core, {of_the_loop['clock']:.2f} of a bare"
+    )
+    assert words in " ".join(README.split())
+    assert of_the_loop["clock"] > 0.9
+
+
 def test_quality_beside_lightly_is_as_measured() -> None:
     measured = json.loads((ROOT / "benchmarks/results/quality.json").read_text())
     text = " ".join(README.split())
+
+    def told(side: str, measure: str) -> str:
+        values = measured["sides"][side][measure]
+        assert len(values) >= 3
+        return f"{100 * mean(values):.1f} ± {100 * stdev(values):.1f}"
+
     for data, name in (("fashion-mnist", "Fashion-MNIST"), ("emoji", "emoji")):
-        seen = max(one["images_seen"] for one in measured["cells"] if one["cell"]["data"] == data)
-        cells = [
-            f"{100 * mean(values):.1f} ± {100 * stdev(values):.1f}"
-            for measure in ("knn", "linear") for side in ("ours", "lightly")
-            for values in [measured["sides"][f"{data}, {side}"][measure]]
-        ]  # fmt: skip
+        seen = {one["images_seen"] for one in measured["cells"] if one["cell"]["data"] == data} - {0}
+        assert len(seen) == 1, "both sides have seen as many"
+        cells = [told(f"{data}, {side}", measure) for measure in ("knn", "linear") for side in ("ours", "lightly")]
         pixels = measured["sides"][f"{data}, raw pixels"]
         cells.append(f"{100 * pixels['knn'][0]:.1f}, {100 * pixels['linear'][0]:.1f}")
-        row = f"| {name}, {seen:,} images seen | {' | '.join(cells)} |"
+        row = f"| {name}, {seen.pop():,} images seen | {' | '.join(cells)} |"
         assert row in README, row
-    told = {}
+    pairs = {}
     for key, one in measured["difference"].items():
         low, high = one["interval"]
-        told[key] = f"{mean(one['points']):+.1f} ({low:+.1f} to {high:+.1f})"
+        pairs[key] = f"{mean(one['points']):+.1f} ({low:+.1f} to {high:+.1f})"
     for measure, word in (("knn", "kNN"), ("linear", "linear")):
-        words = f"{word} {told[f'fashion-mnist, {measure}']} and {told[f'emoji, {measure}']}"
+        words = f"{word} {pairs[f'fashion-mnist, {measure}']} and {pairs[f'emoji, {measure}']}"
         assert words in text, words
-    assert len(measured["sides"]["emoji, ours"]["knn"]) >= 3
+    for side in ("emoji, lightly, one batch", "emoji, ours, units of 64"):
+        words = f"has {told(side, 'knn')} and {told(side, 'linear')}"
+        assert words in text, words
+
+
+def test_sweeps_beside_the_papers_are_as_measured() -> None:
+    measured = json.loads((ROOT / "benchmarks/results/quality.json").read_text())["sweeps"]
+    tables = benchmark("quality_tables")
+    for setting, name in (("loss.temperature", "temperature"), ("views.strength", "jitter strength")):
+        found = {value: 100 * mean(values) for value, values in measured[setting]["linear"].items()}
+        paper = {"loss.temperature": tables.PAPER_TEMPERATURE, "views.strength": tables.PAPER_STRENGTH}[setting]
+        assert list(found) == [str(value) for value in paper]
+        off = [one - max(found.values()) for one in found.values()]
+        theirs = [one - max(paper.values()) for one in paper.values()]
+        assert f"| {name} | {' | '.join(f'{value:g}' for value in paper)} |" in README
+        data = {"loss.temperature": "Fashion-MNIST", "views.strength": "emoji"}[setting]
+        assert f"| ours, {data} | {' | '.join(f'{one:+.1f}' for one in off)} |" in README
+        assert f"| the paper's | {' | '.join(f'{one:+.1f}' for one in theirs)} |" in README
 
 
 def rate(runs: list[dict[str, float]]) -> float:
