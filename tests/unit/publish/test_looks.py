@@ -112,6 +112,7 @@ def test_pictures_are_small_new_files() -> None:
         assert picture.size == (128, 64)
 
 
+@pytest.mark.slow  # its first fit compiles for half a minute
 def test_a_umap_keeps_groups_together_and_is_the_same_each_time() -> None:
     """Of 60 embeddings around three far directions, each one's nearest on the map is of its own group."""
     pytest.importorskip("umap", reason="no umap-learn: pip install 'simclr-ray[umap]'")
