@@ -45,7 +45,8 @@ FORMAT = 2
 UNIT_ROWS = 64
 FEWEST_UNITS = 256
 """Of an epoch, at least, where a data set is packed. Images of a unit always meet in a step: in steps of four of 22
-units, a training had a higher loss and a lower kNN accuracy than in steps of 64 of 358 (benchmarks/quality.py)."""
+units, kNN accuracy was 1.3 points lower than in steps of 64 of 358 and that of a linear probe not measurably another
+(benchmarks/quality.py); where between them 256 lies was not measured."""
 _SHARDS_AT_ONCE = 1024
 """Shards of one row group of the manifest. Arrow takes several times the memory of what it reads at once."""
 

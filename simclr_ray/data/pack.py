@@ -141,7 +141,7 @@ def pack(
     options = IndexOptions(kind, column, labels, label_column, seed, unit_rows or UNIT_ROWS)
     limits = limits or Limits()
     settings = {"verb": "pack", "source": source, SOURCE_STATE: state_of(source, kind)} | asdict(options)
-    settings |= {"shard_bytes": shard_bytes, "deduplicate": deduplicate, "distance": distance}
+    settings |= {"unit_rows": unit_rows, "shard_bytes": shard_bytes, "deduplicate": deduplicate, "distance": distance}
     settings |= {"limits": asdict(limits), "encode": asdict(encode) if encode else None}
     claimed = claim(destination, settings)
     if claimed.begun and storage.exists(storage.join(destination, MANIFEST_NAME)):

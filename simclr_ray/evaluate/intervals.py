@@ -34,8 +34,9 @@ def interval95(values: Sequence[float]) -> Interval:
 
 
 def percent(values: Sequence[float]) -> str:
-    """Fractions as their mean in percent with its interval, `84.9 [84.2, 85.6]`; the mean alone of one, `-` of none."""
+    """Accuracies as mean and interval in percent, `84.9 [84.2, 85.6]`; the mean alone of one, `-` of none."""
     if not values:
         return "-"
     mean, low, high = (100 * one for one in interval95(values))
-    return f"{mean:.1f}" if math.isnan(low) else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+    # An interval of two values may be wider than what an accuracy can be.
+    return f"{mean:.1f}" if math.isnan(low) else f"{mean:.1f} [{max(0.0, low):.1f}, {min(100.0, high):.1f}]"

@@ -5,8 +5,8 @@ stream's, and runs at the lowest priority of its machine, on one thread: it gets
 waits for it; what it costs is written with every result, as seconds of CPU in all and for each step of training
 between two results.
 
-It asks with a held-out half of training images, never with the test set: nobody can stop a run where the test set
-looks best. Results go to `eval/online.jsonl`, a line each.
+It asks with one half of some training images, and searches and learns in the other, never with the test set: nobody
+can stop a run where the test set looks best. Results go to `eval/online.jsonl`, a line each.
 """
 
 from __future__ import annotations
@@ -66,6 +66,9 @@ def read_online_set(manifest: Manifest, config: Config, limits: Limits) -> Onlin
         DataError: too few of them decode.
     """
     images, labels = read_some(manifest, limits, config.evaluate.online_images, seed=config.run.seed)
+    mixed = np.random.Generator(np.random.Philox(key=[config.run.seed, 0])).permutation(len(images))
+    images = [images[row] for row in mixed]  # neighbours of a source may be alike, and would ask each other
+    labels = None if labels is None else labels[mixed]
     views = central_view(images, policy_of(config.views))
     if len(views) < 4:
         raise DataError("too few images to measure while training", where=manifest.folder, got=len(views))
@@ -78,7 +81,7 @@ def read_online_set(manifest: Manifest, config: Config, limits: Limits) -> Onlin
 
 
 def measure(model: torch.nn.Module, data: OnlineSet, config: Config) -> dict[str, float]:
-    """Accuracy of kNN and a linear probe on held-out images, where there are labels, and RankMe of them."""
+    """Accuracy of kNN and a linear probe, one half asking the other, where there are labels, and RankMe."""
     policy = policy_of(config.views)
     queries = embed(model, data.queries, policy)
     numbers = {"rankme": rankme(queries)}

@@ -37,6 +37,8 @@ from simclr_ray.train.derive import limits_of
 
 Say = Callable[[str], None]
 PROTOCOLS_NAME = "protocols.json"
+OF_A_CALL = ("seeds", "config", "version")
+"""What each row keeps of how it was made: rows of several calls stand in one file."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,8 @@ def _classifier(made: Trained, images: TrainingImages, manifest: str) -> bytes:
 
 
 def _write(folder: str, rows: Sequence[SupervisedRow], about: Mapping[str, Any]) -> None:
-    made = [finite(asdict(row) | {"interval95": finite(interval95(row.values)._asdict())}) for row in rows]
+    how = {name: about[name] for name in OF_A_CALL}
+    made = [finite(asdict(row) | {"interval95": finite(interval95(row.values)._asdict())} | how) for row in rows]
     kept = _of_the_same(folder, about, {(row.protocol, row.part) for row in rows})
     numbers = {**about, "rows": [*kept, *made]}
     storage.write_bytes(storage.join(folder, PROTOCOLS_NAME), json.dumps(numbers, indent=1, allow_nan=False).encode())

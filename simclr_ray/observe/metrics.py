@@ -53,9 +53,9 @@ METRICS: Mapping[str, Metric] = {
     "time/checkpoint_s": Metric("time the last checkpoint took to be written, beside the training", "s"),
     "time/checkpoint_age_s": Metric("age of the newest checkpoint; before the first, of the attempt", "s"),
     "gpu/peak_mib": Metric("most memory held by tensors on rank 0's device since the start", "MiB"),
-    "repr/rankme": Metric("effective rank of held-out images' embeddings (Garrido et al. 2023); of `evaluate.every`"),
-    "eval/knn_top1": Metric("weighted nearest-neighbour accuracy on held-out images; of `evaluate.every`", "fraction"),
-    "eval/linear_top1": Metric("linear-probe accuracy on held-out images; of `evaluate.every`", "fraction"),
+    "repr/rankme": Metric("effective rank of training images' embeddings (Garrido et al. 2023); of `evaluate.every`"),
+    "eval/knn_top1": Metric("weighted nearest-neighbour accuracy, half asking half; of `evaluate.every`", "fraction"),
+    "eval/linear_top1": Metric("linear-probe accuracy on the half it did not learn; of `evaluate.every`", "fraction"),
 }
 """Every name a record may carry. Sinks, console and pictures take their wording from here."""
 

@@ -7,6 +7,7 @@ that `evaluate` trained on a few labels.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Literal
 
@@ -60,7 +61,7 @@ def distill(
     _refuse_other_input(of_teacher, settings, run.uri)
     name = classifier or settings.distill.classifier or _only_classifier(run.uri)
     values = settings.model_dump(mode="json")
-    values["distill"] |= {"teacher": run.uri, "classifier": name, "digest": begun}
+    values["distill"] |= {"teacher": run.uri, "classifier": name, "digest": begun or settings.distill.digest}
     _, data = read_classifier(load_config(values).distill)
     values["distill"]["digest"] = storage.digest(data)
     settings = load_config(values)
@@ -80,12 +81,17 @@ def _begun(student: Config, teacher: RunFolder, *, fresh: bool) -> str | None:
     if student.run.folder is None:
         raise ConfigError("the student needs a folder", where="run.folder", fix="add --set run.folder=FOLDER")
     folder = RunFolder(storage.normalise(student.run.folder))
-    if folder.uri == teacher.uri:
+    if _real(folder.uri) == _real(teacher.uri):
         raise ConfigError("the student's folder is its teacher's", where=folder.uri,
                           fix="give the student one of its own: --set run.folder=FOLDER")  # fmt: skip
     info = None if fresh else folder.info()
     digest = (info or {}).get("identity", {}).get("distill.digest")
     return None if digest is None else str(digest)
+
+
+def _real(uri: str) -> str:
+    """A local folder by its own name, whatever links and dots lead to it."""
+    return os.path.realpath(uri) if storage.is_local(uri) else uri
 
 
 def _refuse_colours(overrides: Sequence[str]) -> None:
@@ -96,7 +102,7 @@ def _refuse_colours(overrides: Sequence[str]) -> None:
     """
     for text in overrides:
         key, _, value = (part.strip() for part in text.partition("="))
-        if f"{key}=0" in CROPS_AND_FLIPS and value not in ("0", "0.0", "null"):
+        if f"{key}=0" in CROPS_AND_FLIPS and value != "null" and value.strip("0.") != "":
             raise ConfigError("a student sees crops and flips alone", where=key, got=value, expected="0, or nothing",
                               fix="leave the setting out")  # fmt: skip
 

@@ -138,7 +138,7 @@ _Table = tuple[list[str], list[list[str]], list[str]]
 
 
 def _probes_table(said: Mapping[str, Any]) -> _Table:
-    """Of the representations: with the spread over the probes' seeds."""
+    """Of the representations: with the interval that the probes' seeds leave the mean in."""
     rows = rows_of(said)
     budgets = list(dict.fromkeys(budget for row in rows for budget in _probes(row)))
     header = ["", "kNN %", *(f"linear %, {budget}" for budget in budgets), *(words for _, words, _, _ in _MEASURES[1:])]

@@ -107,11 +107,11 @@ def _about(manifest: Manifest, seconds: float) -> Iterator[str]:
         f"data set: {manifest.rows:,} images in {len(manifest.shards):,} shards ({words}) of {size:,.2f} GiB, "
         f"fingerprint {manifest.fingerprint[:12]}, manifest read in {seconds:.1f} s"
     )
-    if manifest.unit_rows > unit_rows_for(manifest.rows):
+    if manifest.unit_rows > 2 * unit_rows_for(manifest.rows):  # twice: some of a source may have been left out
         yield (
             f"warning: {manifest.rows // manifest.unit_rows:,} units of {manifest.unit_rows} images are few: images of "
-            "a unit always meet in a step, and with so few a small data set lost a point of kNN accuracy; pack it "
-            f"again, and it will have units of {unit_rows_for(manifest.rows)}"
+            "a unit always meet in a step, and with 22 units a small data set lost a point of kNN accuracy; pack it, "
+            f"and it will have units of about {unit_rows_for(manifest.rows)}"
         )
 
 

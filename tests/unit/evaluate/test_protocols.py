@@ -265,7 +265,7 @@ def test_forty_images_are_learned(sets: tuple[Manifest, Manifest], run: str, kin
 
 
 def test_another_call_adds_its_rows_and_replaces_its_own(tmp_path: Path) -> None:
-    about = {"step": 8, "test": "t", "manifests": {"test": "m"}}
+    about = {"step": 8, "test": "t", "manifests": {"test": "m"}, "seeds": [0], "config": {}, "version": "1"}
 
     def row(protocol: str, part: str, value: float) -> SupervisedRow:
         return SupervisedRow(protocol, 10, part, (value,), 1.0, 2, 4, 8, 0.1, "file")
@@ -277,6 +277,9 @@ def test_another_call_adds_its_rows_and_replaces_its_own(tmp_path: Path) -> None
     _write(str(tmp_path), [row("finetune", "10%", 0.5), row("sgd", "100%", 0.6)], about)
     _write(str(tmp_path), [row("finetune", "1%", 0.4), row("sgd", "100%", 0.7)], about)
     assert written() == [("finetune", "10%", [0.5]), ("finetune", "1%", [0.4]), ("sgd", "100%", [0.7])]
+    _write(str(tmp_path), [row("sgd", "100%", 0.7)], about | {"seeds": [5]})
+    rows = json.loads((tmp_path / PROTOCOLS_NAME).read_text())["rows"]
+    assert [one["seeds"] for one in rows] == [[0], [0], [5]], "each says how it was made"
     assert len((tmp_path / "protocols.md").read_text().splitlines()) == 5
     _write(str(tmp_path), [row("sgd", "100%", 0.8)], about | {"step": 9})
     assert written() == [("sgd", "100%", [0.8])], "of another checkpoint nothing is kept"

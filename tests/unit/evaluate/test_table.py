@@ -1,5 +1,6 @@
 import math
 
+from simclr_ray.evaluate.intervals import percent
 from simclr_ray.evaluate.linear import ProbeSummary
 from simclr_ray.evaluate.table import EvaluationRow, to_markdown, to_text
 
@@ -43,3 +44,8 @@ def test_a_name_stays_inside_its_cell():
 def test_no_rows_is_a_header():
     assert len(to_text([]).splitlines()) == 2
     assert "linear %" in to_text([])
+
+
+def test_an_interval_stays_within_what_an_accuracy_can_be():
+    assert percent([0.5, 0.9]) == "70.0 [0.0, 100.0]"
+    assert percent([]) == "-"

@@ -87,8 +87,10 @@ def test_a_teacher_is_never_its_own_student(data_set: Manifest, tmp_path: Path, 
     """With `fresh` it would be deleted first."""
     teacher = made_run(tmp_path / "teacher", data_set, evaluation=results(0.8))
     before = sorted(path.name for path in (tmp_path / "teacher").rglob("*"))
-    with pytest.raises(ConfigError, match="the student's folder is its teacher's"):
-        distill(teacher.uri, small_run(tmp_path / "teacher", data_set, train__steps=2), fresh=fresh)
+    (tmp_path / "link").symlink_to(tmp_path / "teacher")
+    for name in ("teacher", "link", "x/../teacher"):
+        with pytest.raises(ConfigError, match="the student's folder is its teacher's"):
+            distill(teacher.uri, small_run(tmp_path / name, data_set, train__steps=2), fresh=fresh)
     assert sorted(path.name for path in (tmp_path / "teacher").rglob("*")) == before
 
 
@@ -97,6 +99,8 @@ def test_colours_that_a_student_would_not_see_are_refused(data_set: Manifest, tm
     student = small_run(tmp_path / "student", data_set, train__steps=2)
     with pytest.raises(ConfigError, match="crops and flips alone"):
         distill(teacher.uri, student, ["views.jitter_probability=0.8"])
+    with pytest.raises(ConfigError, match="no classifier yet"):
+        distill(teacher.uri, student, ["views.jitter_probability=0.00"])  # which is what it sees
 
 
 def test_where_the_teacher_lies_is_free_once_its_file_is_known(data_set: Manifest, tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from PIL import Image
 
 from simclr_ray.data.manifest import Manifest, read_manifest, write_manifest
 from simclr_ray.data.shards import ImageRow
-from simclr_ray.errors import DataError
+from simclr_ray.errors import ConfigError, DataError
 from simclr_ray.evaluate.encode import TrainedEncoder
 from simclr_ray.publish.looks import Sample, encoded, look_at, principal, sample_of, sprite, umap_of
 from simclr_ray.train.build import build_model
@@ -128,5 +130,12 @@ def test_a_umap_keeps_groups_together_and_is_the_same_each_time() -> None:
     few = umap_of(h[:4])
     assert few is not None
     assert few.shape == (4, 2)
-    assert umap_of(h[:3]) is None
-    assert umap_of(torch.ones(60, 16)) is None, "collapsed"
+
+
+def test_there_is_no_umap_of_three_embeddings_nor_of_a_collapsed_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "umap", SimpleNamespace(UMAP=None))  # it is not asked
+    assert umap_of(torch.randn(3, 16)) is None
+    assert umap_of(torch.ones(60, 16)) is None
+    monkeypatch.setitem(sys.modules, "umap", SimpleNamespace())  # another package of that name
+    with pytest.raises(ConfigError, match="needs umap-learn"):
+        umap_of(torch.randn(60, 16))
