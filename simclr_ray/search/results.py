@@ -18,6 +18,7 @@ from simclr_ray.search.finalists import Finalist
 from simclr_ray.search.objective import LOWER_IS_BETTER, WORST, agreement, unbeaten
 from simclr_ray.search.record import TrialRecord, ranked
 from simclr_ray.search.space import LABELLED, MEASURES, Settings
+from simclr_ray.train.run import absolute
 
 SHOWN = 20
 """Trials in the console's table."""
@@ -36,10 +37,7 @@ def write_best(folder: str, config: Config, settings: Settings) -> str:
     Returns:
         Where it is.
     """
-    values = config.model_dump(mode="json", exclude_unset=True)
-    for section, name in (("data", "train"), ("evaluate", "train"), ("evaluate", "test")):
-        if values.get(section, {}).get(name):
-            values[section][name] = storage.normalise(values[section][name])
+    values = absolute(config).model_dump(mode="json", exclude_unset=True)
     chosen = {**settings, "run.folder": storage.join(folder, "best")}
     best = load_config(values, [f"{key}={json.dumps(value)}" for key, value in chosen.items()])
     uri = storage.join(folder, "best.yaml")

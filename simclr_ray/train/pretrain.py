@@ -50,7 +50,7 @@ from simclr_ray.train.elastic import PretrainTrainer, Room, StreamPlace
 from simclr_ray.train.keeper import Keeper, graceful_stop
 from simclr_ray.train.lock import RunLock, hold
 from simclr_ray.train.planes import planes_of
-from simclr_ray.train.run import RunFolder, look_at_run, note_views, open_run, start_afresh
+from simclr_ray.train.run import RunFolder, absolute, look_at_run, note_views, open_run, start_afresh
 from simclr_ray.train.step import NonFiniteStepError
 from simclr_ray.train.step_log import TooManyRejectedError
 from simclr_ray.train.worker import WorkerOrder, train_worker
@@ -165,7 +165,7 @@ def _pretrain(
         console.say(f"views: {how_views_are_made(where)}, going by the driver's machine ({why})")
         note_views(run, maker=maker(), where=where, say=console.say)
         setup = _Setup(settings, manifest, derived, run, console, lock, workers, use_gpu, where, stop)
-        with beside(settings, run):
+        with beside(absolute(settings), run):
             return _run(setup)
 
 
@@ -321,7 +321,7 @@ def _trainer(setup: _Setup, desk: Any) -> PretrainTrainer:
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if setup.use_gpu else {})
     fewest = min(cluster.min_workers or setup.workers, setup.workers)
     order = WorkerOrder(
-        config, derived, run, setup.manifest.fingerprint, setup.where, cursor, desk, per_block, _left_out(run)
+        absolute(config), derived, run, setup.manifest.fingerprint, setup.where, cursor, desk, per_block, _left_out(run)
     )
     return PretrainTrainer(
         train_worker,

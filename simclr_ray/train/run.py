@@ -70,6 +70,9 @@ FREE = (
     "evaluate.",
 )
 
+#: Settings that name a folder.
+PLACES = (("run", "folder"), ("data", "train"), ("evaluate", "train"), ("evaluate", "test"), ("distill", "teacher"))
+
 #: What earlier versions did before there was a setting for it, where that is not its default now.
 BEFORE = {"views.scaled_decode": False}
 #: Settings that earlier versions had, with the value that did nothing: runs that kept it are read and go on.
@@ -135,6 +138,15 @@ def config_of(resolved: Mapping[str, Any]) -> Config:
         inside = values.get(section)
         if isinstance(inside, Mapping) and key in inside and inside[key] == idle:
             values[section] = {one: value for one, value in inside.items() if one != key}
+    return load_config(values)
+
+
+def absolute(config: Config) -> Config:
+    """With absolute places, which mean the same in other processes and to later verbs, whose folder may be another."""
+    values = config.model_dump(mode="json", exclude_unset=True)
+    for section, name in PLACES:
+        if values.get(section, {}).get(name):
+            values[section][name] = storage.normalise(values[section][name])
     return load_config(values)
 
 
@@ -313,10 +325,7 @@ def read_quarantine(run: RunFolder) -> pa.Table | None:
 def _write_settings(run: RunFolder, config: Config, derived: Derived) -> None:
     given = config.model_dump(mode="json", exclude_unset=True)
     storage.write_bytes(run.path("config.yaml"), to_yaml(given).encode())
-    values = config.model_dump(mode="json") | {"derived": derived.as_dict()}
-    for section, name in (("run", "folder"), ("data", "train"), ("evaluate", "train"), ("evaluate", "test")):
-        if values[section][name]:  # absolute, so that later verbs work from any folder
-            values[section][name] = storage.normalise(values[section][name])
+    values = absolute(config).model_dump(mode="json") | {"derived": derived.as_dict()}
     storage.write_bytes(run.path("resolved.yaml"), to_yaml(values).encode())
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from simclr_ray.configure import load_config
 from simclr_ray.errors import ConfigError
-from simclr_ray.train.run import RunFolder, look_at_run, note_views, start_afresh
+from simclr_ray.train.run import RunFolder, absolute, look_at_run, note_views, start_afresh
 
 
 def contents(folder: Path) -> list[str]:
@@ -60,3 +61,20 @@ def test_a_start_whose_views_are_made_otherwise_says_so_once_and_keeps_who_makes
         assert "but not its bits" in said[0]
         note_views(run, maker=maker, where=where, say=said.append)
         assert len(said) == 1
+
+
+def test_places_are_absolute_wherever_the_process_that_reads_them_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {
+        "run": {"folder": "r"},
+        "data": {"train": "d"},
+        "evaluate": {"train": "s3://b/e"},
+        "distill": {"teacher": "t"},
+    }
+    config = absolute(load_config(given))
+    places = (config.run.folder, config.data.train, config.evaluate.train, config.evaluate.test, config.distill.teacher)
+    assert places == (f"{tmp_path}/r", f"{tmp_path}/d", "s3://b/e", None, f"{tmp_path}/t")
+    assert absolute(config) == config
+    assert absolute(load_config(None)) == load_config(None)
