@@ -36,6 +36,7 @@ __all__ = [
     "ShardTable",
     "read_manifest",
     "shard_from_file",
+    "unit_rows_for",
     "write_manifest",
 ]
 

@@ -210,15 +210,13 @@ def read_some(
     columns = columns_of(manifest, "label")
     images, labels = list[Image](), list[int]()
     by_seed = ([resolve(manifest, piece) for piece in pieces] for pieces in units_by_seed(manifest, seed))
-    for ranges in [list(row_ranges(manifest))] if manifest.rows <= count else by_seed:
-        for row in read_inputs(ranges, columns):
-            image = None if row.lost else decode(row.image, limits)
-            if image is None or isinstance(image, Rejected):
-                continue
-            images.append(image)
-            labels.append(-1 if row.label is None else row.label)
-            if len(images) == count:
-                break
+    ranges = [list(row_ranges(manifest))] if manifest.rows <= count else by_seed
+    for row in (row for some in ranges for row in read_inputs(some, columns)):
+        image = None if row.lost else decode(row.image, limits)
+        if image is None or isinstance(image, Rejected):
+            continue
+        images.append(image)
+        labels.append(-1 if row.label is None else row.label)
         if len(images) == count:
             break
     return images, np.array(labels, np.int64) if columns.label else None
@@ -234,21 +232,19 @@ def units_by_seed(manifest: Manifest, seed: int) -> Iterator[tuple[Piece, ...]]:
         plan = Plan(table, seed)
         yield from (plan.unit(index).pieces for index in range(table.num_units))
         return
-    for shard, first in enumerate(manifest.first_sample_ids().tolist()):
-        for group, rows in enumerate(manifest.table.groups_of(shard).tolist()):
-            if rows:
-                yield (Piece(shard, group, 0, rows, first),)
-            first += rows
+    yield from ((piece,) for piece in _stored_groups(manifest))
 
 
 def row_ranges(manifest: Manifest) -> Iterator[RowRange]:
     """Every group of the data set, in stored order."""
-    first_ids = manifest.first_sample_ids()
-    for shard in range(len(first_ids)):
-        first = int(first_ids[shard])
+    return (resolve(manifest, piece) for piece in _stored_groups(manifest))
+
+
+def _stored_groups(manifest: Manifest) -> Iterator[Piece]:
+    for shard, first in enumerate(manifest.first_sample_ids().tolist()):
         for group, rows in enumerate(manifest.table.groups_of(shard).tolist()):
             if rows:
-                yield resolve(manifest, Piece(shard, group, 0, rows, first))
+                yield Piece(shard, group, 0, rows, first)
             first += rows
 
 

@@ -161,7 +161,7 @@ def _classifier(made: Trained, images: TrainingImages, manifest: str) -> bytes:
 
 def _write(folder: str, rows: Sequence[SupervisedRow], about: Mapping[str, Any]) -> None:
     how = {name: about[name] for name in OF_A_CALL}
-    made = [finite(asdict(row) | {"interval95": finite(interval95(row.values)._asdict())} | how) for row in rows]
+    made = [finite(asdict(row) | {"interval95": interval95(row.values)._asdict()} | how) for row in rows]
     kept = _of_the_same(folder, about, {(row.protocol, row.part) for row in rows})
     numbers = {**about, "rows": [*kept, *made]}
     storage.write_bytes(storage.join(folder, PROTOCOLS_NAME), json.dumps(numbers, indent=1, allow_nan=False).encode())

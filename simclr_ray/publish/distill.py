@@ -48,7 +48,7 @@ def distill(
             labels are asked for and are of another data set; the student's folder is the teacher's; and all that
             `pretrain` raises.
     """
-    from simclr_ray.train.teacher import labels_of_teacher, load_teacher, read_classifier
+    from simclr_ray.train.teacher import labels_of_teacher, load_teacher
 
     _refuse_colours(overrides)
     chosen = [*overrides, *CROPS_AND_FLIPS]
@@ -59,15 +59,13 @@ def distill(
     run, of_teacher = open_existing(teacher)
     begun = _begun(settings, run, fresh=fresh)
     _refuse_other_input(of_teacher, settings, run.uri)
-    name = classifier or settings.distill.classifier or _only_classifier(run.uri)
+    name = classifier or settings.distill.classifier or _only_classifier(run)
     values = settings.model_dump(mode="json")
     values["distill"] |= {"teacher": run.uri, "classifier": name, "digest": begun or settings.distill.digest}
-    _, data = read_classifier(load_config(values).distill)
-    values["distill"]["digest"] = storage.digest(data)
-    settings = load_config(values)
-    loaded = load_teacher(settings.distill)
+    loaded = load_teacher(load_config(values).distill)
     if settings.distill.labels == "teacher":
         labels_of_teacher(loaded, read_manifest(str(settings.data.train)))  # which may refuse: before anything starts
+    values["distill"]["digest"] = loaded.digest
     values["model"]["projection_dim"] = loaded.num_classes
     return pretrain(load_config(values), fresh=fresh, beside=online_evaluation)
 
@@ -124,15 +122,14 @@ def _refuse_other_input(teacher: Config, student: Config, where: str) -> None:
             )  # fmt: skip
 
 
-def _only_classifier(run: str) -> str:
-    found = sorted(
-        uri.removeprefix(f"{run}/") for uri, _ in storage.list_files(storage.join(run, "eval"))
-        if uri.rpartition("/")[2].startswith("classifier-")
-    )  # fmt: skip
+def _only_classifier(run: RunFolder) -> str:
+    from simclr_ray.train.teacher import classifiers_of
+
+    found = classifiers_of(run)
     if len(found) == 1:
         return found[0]
     raise ConfigError(
-        "the teacher has several classifiers" if found else "the teacher has no classifier yet", where=run,
+        "the teacher has several classifiers" if found else "the teacher has no classifier yet", where=run.uri,
         got=", ".join(found) or None,
         fix="choose one with --classifier" if found
         else "make one with: simclr-ray evaluate TEACHER --set evaluate.protocols=[finetune]",

@@ -10,6 +10,7 @@ import importlib
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -160,14 +161,14 @@ def principal(h: Tensor, count: int) -> tuple[npt.NDArray[np.float64], tuple[flo
     return components.numpy(), tuple(share[:count].tolist())
 
 
-def refuse_no_umap() -> None:
-    """Refuse to go on without the package.
+def umap_class() -> Any:
+    """`umap.UMAP`.
 
     Raises:
         ConfigError: it is not installed, or what is installed does not work.
     """
     try:
-        importlib.import_module("umap").UMAP  # noqa: B018
+        return importlib.import_module("umap").UMAP
     except (ImportError, AttributeError) as error:
         raise ConfigError("a UMAP map needs umap-learn", got=f"{type(error).__name__}: {error}",
                           fix="install it with: pip install 'simclr-ray[umap]'") from None  # fmt: skip
@@ -182,12 +183,10 @@ def umap_of(h: Tensor) -> npt.NDArray[np.float64] | None:
     Raises:
         ConfigError: umap-learn is not installed.
     """
-    refuse_no_umap()
-    from umap import UMAP
-
+    make = umap_class()
     if len(h) < 4 or float((h - h[0]).abs().max()) == 0:
         return None
-    fit = UMAP(n_neighbors=min(UMAP_NEIGHBOURS, len(h) - 1), metric="cosine", random_state=0, n_jobs=1, init="pca")
+    fit = make(n_neighbors=min(UMAP_NEIGHBOURS, len(h) - 1), metric="cosine", random_state=0, n_jobs=1, init="pca")
     places = np.asarray(fit.fit_transform(h.float().cpu().numpy()), np.float64)
     return places if np.isfinite(places).all() else None
 

@@ -19,7 +19,7 @@ from simclr_ray.errors import ConfigError, SimclrError, StorageError
 from simclr_ray.publish import report_charts
 from simclr_ray.publish.charts import COLOURS
 from simclr_ray.publish.describe import comparable_losses, facts_of, settings_table
-from simclr_ray.publish.looks import refuse_no_umap
+from simclr_ray.publish.looks import umap_class
 from simclr_ray.publish.page import BEGIN, Page, render
 from simclr_ray.publish.record import TRAINED, RunRecord, iso, labels_of, read_record
 from simclr_ray.publish.report_images import look_section, views_section
@@ -77,7 +77,7 @@ def report(
     if umap and not embedded:
         raise ConfigError("a map needs images that are embedded", where="umap", got="embedded 0")
     if umap:
-        refuse_no_umap()
+        umap_class()  # which may refuse: before anything is read
     if not 1 <= len(runs) <= COLOURS:
         raise ConfigError("a report is about some runs", got=f"{len(runs)} folders", expected=f"1 to {COLOURS}")
     if not 0 <= embedded <= MOST_EMBEDDED:

@@ -64,9 +64,11 @@ def _lines(what: What, records: Sequence[RunRecord], summaries: Sequence[RunSumm
                 json.dumps({"setting": key, "values": dict(zip([r.uri for r in records], values, strict=True))})
             )
         return
-    for one, record in zip(summaries, records, strict=False):
-        whole = {"results": results_sections(record)} if what == "show" else {}
-        console.say(json.dumps(one.as_dict() | whole, allow_nan=False))
+    lines = [one.as_dict() for one in summaries]
+    if what == "show":
+        lines = [line | {"results": results_sections(one)} for line, one in zip(lines, records, strict=True)]
+    for line in lines:
+        console.say(json.dumps(line, allow_nan=False))
 
 
 def _compare(records: Sequence[RunRecord], names: Sequence[str], console: Console) -> None:

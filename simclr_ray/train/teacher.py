@@ -21,7 +21,7 @@ from simclr_ray.learn.distillation import distillation
 from simclr_ray.learn.nt_xent import NTXent
 from simclr_ray.model.encoder import make_encoder
 from simclr_ray.model.projector import first_layer, make_projector
-from simclr_ray.train.run import open_existing
+from simclr_ray.train.run import RunFolder, open_existing
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,16 @@ class Teacher(nn.Module):
     """Encoder, the projector's first layer where it was fine-tuned with it, and classifier; without gradients."""
 
     def __init__(
-        self, encoder: nn.Module, head: nn.Linear, layer: nn.Module | None = None, seen: SeenLabels | None = None
+        self,
+        encoder: nn.Module,
+        head: nn.Linear,
+        layer: nn.Module | None = None,
+        seen: SeenLabels | None = None,
+        digest: str = "",
     ) -> None:
         super().__init__()
         self.encoder, self.layer, self.head = encoder, layer or nn.Identity(), head
-        self.seen = seen
+        self.seen, self.digest = seen, digest
         self.eval().requires_grad_(False)
 
     @property
@@ -59,6 +64,14 @@ class Teacher(nn.Module):
         return logits
 
 
+def classifiers_of(run: RunFolder) -> list[str]:
+    """Names of the classifiers that `evaluate` left in a run, below its folder."""
+    return sorted(
+        uri.removeprefix(f"{run.uri}/") for uri, _ in storage.list_files(run.path("eval"))
+        if uri.rpartition("/")[2].startswith("classifier-")
+    )  # fmt: skip
+
+
 def read_classifier(distill: DistillConfig) -> tuple[Config, bytes]:
     """The teacher's config, and the classifier that `evaluate` left in its run.
 
@@ -71,10 +84,8 @@ def read_classifier(distill: DistillConfig) -> tuple[Config, bytes]:
     try:
         data = storage.read_bytes(run.path(name))
     except FileNotFoundError:
-        found = sorted(uri.removeprefix(f"{run.uri}/") for uri, _ in storage.list_files(run.path("eval"))
-                       if uri.rpartition("/")[2].startswith("classifier-"))  # fmt: skip
         raise ConfigError(
-            "the teacher has no such classifier", where=run.path(name), expected=", ".join(found) or None,
+            "the teacher has no such classifier", where=run.path(name), expected=", ".join(classifiers_of(run)) or None,
             fix="make one with: simclr-ray evaluate TEACHER --set evaluate.protocols=[finetune]",
         ) from None  # fmt: skip
     if distill.digest not in (None, storage.digest(data)):
@@ -114,7 +125,7 @@ def load_teacher(distill: DistillConfig) -> Teacher:
     if parts["seen"]:
         ids, labels = (parts["seen"][name].numpy() for name in ("sample_ids", "labels"))
         seen = SeenLabels(ids, labels, _metadata(data).get("manifest", ""))
-    return Teacher(encoder, head, layer, seen)
+    return Teacher(encoder, head, layer, seen, storage.digest(data))
 
 
 def _metadata(data: bytes) -> dict[str, str]:
