@@ -81,6 +81,8 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "trained encoder" in shown
     assert "80.0 [77.5, 82.5]" in shown
     assert shown.index("Transfer: birds") < shown.index("test set /data/birds")
+    (line,) = (json.loads(line) for line in run("show", folder / "a", "--json").splitlines())
+    assert [table["title"] for table in line["results"]] == ["", "", "Transfer: birds"]
     compared = run("compare", folder / "a", folder / "search" / "b")
     assert "loss.temperature" in compared
     assert "do not compare" in compared
